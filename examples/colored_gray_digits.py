@@ -1,0 +1,118 @@
+"""Two modalities of one digit: a gray image, and a coloured one whose colour misleads.
+
+In training each label has its own colour, up to some jitter; at test the colour is random
+(Colored-and-gray MNIST, Kim et al. 2019; Wei & Hu 2024, Section 4.1). A model trained by one
+joint loss leans on the colour.
+Compares one joint loss, uniform, conventional Pareto and MMPareto; prints a table, saves the
+runs and a picture.
+
+    python colored_gray_digits.py
+    python colored_gray_digits.py --data mnist --data-dir DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from common import (
+    METHODS,
+    Comparison,
+    Encoder,
+    Split,
+    Tensors,
+    compare,
+    load,
+    parse_options,
+    report,
+    smooth,
+)
+from torch import Tensor, nn
+
+HEADS = {"mm": "multimodal", "gray": "gray only", "colour": "colour only"}
+JITTER = 0.02**0.5  # standard deviation of each colour channel, as in the data set
+BLOCKS = {"gray encoder": "mm+gray", "colour encoder": "mm+colour"}
+
+
+class TwoEncoders(nn.Module):
+    """Late fusion: an encoder and a head a modality, a joint head on both features."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.joint = joint
+        self.gray, self.colour = Encoder(1), Encoder(3)
+        self.mm_head = nn.Linear(128, 10)
+        self.gray_head, self.colour_head = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, gray: Tensor, colour: Tensor) -> Tensors:
+        gray, colour = self.gray(gray), self.colour(colour)
+        mm = self.mm_head(torch.cat([gray, colour], dim=1))
+        if self.joint:
+            gray, colour = gray.detach(), colour.detach()
+        return {"mm": mm, "gray": self.gray_head(gray), "colour": self.colour_head(colour)}
+
+
+def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
+    train_x, train_y, test_x, test_y = load(options)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randint(10, test_y.shape, generator=generator)
+    return (
+        _paint(train_x, train_y, train_y, generator),
+        _paint(test_x, test_y, random, generator),
+    )
+
+
+def _paint(images: Tensor, labels: Tensor, hues: Tensor, generator: torch.Generator) -> Split:
+    palette = torch.tensor(mpl.colormaps["tab10"].colors, dtype=torch.float)
+    jitter = JITTER * torch.randn(len(images), 3, generator=generator)
+    colours = (palette[hues] + jitter).clamp(0, 1)
+    gray = images.unsqueeze(1)
+    return Split((gray, gray * colours[:, :, None, None]), dict.fromkeys(HEADS, labels))
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    places = np.arange(len(HEADS))
+    for number, method in enumerate(METHODS):
+        values = [comparison.accuracies(method, head) for head in HEADS]
+        means, spreads = (
+            [v.mean() for v in values],
+            [v.std(ddof=min(1, len(v) - 1)) for v in values],
+        )
+        left.bar(places + 0.2 * (number - 1.5), means, 0.2, yerr=spreads, capsize=2, label=method)
+    left.set_xticks(places, list(HEADS.values()))
+    left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
+    left.legend(fontsize="small", loc="upper right")
+
+    epochs = comparison.options.epochs
+    for axes, (encoder, block) in zip(others, BLOCKS.items(), strict=True):
+        for colour, method in (("C1", "uniform"), ("C3", "MMPareto")):
+            cosines = np.array([run.cosines[block] for run in comparison.runs[method]])
+            steps = np.arange(cosines.shape[1]) * epochs / cosines.shape[1]
+            window = max(1, len(steps) // 50)
+            curves = np.array([smooth(row, window) for row in cosines])
+            time, mean, spread = steps[window - 1 :], curves.mean(0), curves.std(0)
+            axes.plot(time, mean, colour, label=method)
+            axes.fill_between(time, mean - spread, mean + spread, color=colour, alpha=0.2)
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="epoch", title=f"cos(joint, unimodal gradient), {encoder}")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    started = perf_counter()
+    options = parse_options(__doc__.split("\n")[0])
+    comparison = compare(options, make_data, TwoEncoders)
+    path = report(comparison, "colored_gray_digits", HEADS, started)
+    plot(comparison, path)
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Two overlaid digits, two tasks on one trunk, the right digit hidden by noise.
+
+Each image overlays a digit at the top left with one at the bottom right; salt-and-pepper
+noise makes the right one harder (Wei & Hu 2024, the multi-task extension). Compares one joint
+loss (the pair as one of 100 classes), uniform, conventional Pareto and MMPareto; prints a
+table, saves the runs and a picture.
+
+    python multimnist.py
+    python multimnist.py --data mnist --data-dir DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from common import (
+    METHODS,
+    Comparison,
+    Encoder,
+    Split,
+    Tensors,
+    compare,
+    load,
+    parse_options,
+    report,
+    smooth,
+)
+from torch import Tensor, nn
+
+HEADS = {"left": "left digit", "right": "right digit (noisy)"}
+NOISE = 0.3  # share of the right digit's pixels that turn black or white
+
+
+class SharedTrunk(nn.Module):
+    """One encoder, a head a task; with ``joint`` a head for the pair trains the encoder."""
+
+    def __init__(self, joint: bool) -> None:
+        super().__init__()
+        self.joint = joint
+        self.trunk = Encoder(1)
+        self.left, self.right = nn.Linear(64, 10), nn.Linear(64, 10)
+        self.pair = nn.Linear(64, 100) if joint else None
+
+    def forward(self, image: Tensor) -> Tensors:
+        features = self.trunk(image)
+        if self.pair is None:
+            return {"left": self.left(features), "right": self.right(features)}
+        fixed = features.detach()
+        return {
+            "pair": self.pair(features),
+            "left": self.left(fixed),
+            "right": self.right(fixed),
+        }
+
+
+def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
+    train_x, train_y, test_x, test_y = load(options)
+    generator = torch.Generator().manual_seed(seed)
+    return _overlay(train_x, train_y, generator), _overlay(test_x, test_y, generator)
+
+
+def _overlay(images: Tensor, labels: Tensor, generator: torch.Generator) -> Split:
+    partner = torch.randperm(len(images), generator=generator)
+    uniform = torch.rand(images.shape, generator=generator)
+    noisy = torch.where(uniform < NOISE, (uniform < NOISE / 2).float(), images[partner])
+    size = images.shape[-1]
+    shift = 2 * size // 7  # 28 pixels on a canvas of 36, 8 on one of 10
+    canvas = torch.zeros(len(images), 1, size + shift, size + shift)
+    canvas[:, 0, :size, :size] = images
+    corner = canvas[:, 0, shift:, shift:]
+    torch.maximum(corner, noisy, out=corner)
+    right = labels[partner]
+    return Split((canvas,), {"left": labels, "right": right, "pair": 10 * labels + right})
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for number, method in enumerate(METHODS):
+        x, y = (comparison.accuracies(method, head) for head in HEADS)
+        left.scatter(x, y, s=12, color=f"C{number}", alpha=0.5)
+        left.errorbar(
+            x.mean(),
+            y.mean(),
+            xerr=x.std(),
+            yerr=y.std(),
+            fmt="o",
+            color=f"C{number}",
+            label=method,
+        )
+    left.set(
+        xlabel="left digit, test accuracy (%)", ylabel="right digit (noisy), test accuracy (%)"
+    )
+    left.set_title("Accuracy of both tasks: seeds, mean, std")
+    left.legend(fontsize="small")
+
+    for number, method in enumerate(METHODS):
+        if "left+right" not in comparison.runs[method][0].cosines:
+            continue
+        cosines = np.array([run.cosines["left+right"] for run in comparison.runs[method]])
+        steps = np.arange(cosines.shape[1]) * comparison.options.epochs / cosines.shape[1]
+        window = max(1, len(steps) // 50)
+        mean = np.mean([smooth(row, window) for row in cosines], axis=0)
+        right.plot(steps[window - 1 :], mean, f"C{number}", label=method)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set(xlabel="epoch", title="cos(left, right gradient), shared trunk")
+    right.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    started = perf_counter()
+    options = parse_options(__doc__.split("\n")[0])
+    comparison = compare(options, make_data, SharedTrunk)
+    path = report(comparison, "multimnist", HEADS, started)
+    plot(comparison, path)
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
+
+from mmpareto_optim.optimizer import MMParetoOptimizer
+from mmpareto_optim.rules import mmpareto_coefficients, pareto_coefficients, uniform_coefficients
+from mmpareto_optim.solver import min_norm_weights
+from mmpareto_optim.stats import BlockStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockStats",
+    "MMParetoOptimizer",
+    "min_norm_weights",
+    "mmpareto_coefficients",
+    "pareto_coefficients",
+    "uniform_coefficients",
+]

@@ -1,0 +1,161 @@
+"""Blocks: groups of parameters, told apart by which losses reach them."""
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmpareto_optim.gradients import Gradients
+
+Modalities = dict[str, dict[Tensor, str]]
+"""For each modality its parameters, each with a name for error messages."""
+
+Reach = Mapping[Tensor, tuple[str, ...]]
+"""For each parameter the names of the losses that reach it, in the order of the losses."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Parameters whose gradients are treated as one vector.
+
+    Attributes:
+        name: the modality, or the objectives joined by ``+`` for a block found by reach.
+        objectives: names of the losses that reach the block.
+        params: the parameters, in the base optimizer's order.
+        integrated: whether a rule decides the coefficients; otherwise gradients are added.
+    """
+
+    name: str
+    objectives: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    integrated: bool
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for blocks that hold the same gradients."""
+        return self.objectives, tuple(map(id, self.params)), self.integrated
+
+
+def reach_of(params: Iterable[Tensor], *gradients: Gradients) -> Reach:
+    """Which losses reach which of ``params``, in any of several sets of gradients.
+
+    Parameters that no loss reaches are left out.
+    """
+    names = list(dict.fromkeys(name for found in gradients for name in found))
+    reach = {
+        param: tuple(
+            name for name in names if any(param in found.get(name, ()) for found in gradients)
+        )
+        for param in params
+    }
+    return {param: objectives for param, objectives in reach.items() if objectives}
+
+
+def blocks_by_reach(reach: Reach) -> list[Block]:
+    """One block for each set of losses, of the parameters that just these losses reach."""
+    return [
+        Block(name, objectives, params, integrated=len(objectives) > 1)
+        for name, objectives, params in _by_objectives(reach)
+    ]
+
+
+def blocks_by_modality(reach: Reach, modalities: Modalities) -> list[Block]:
+    """One block for each modality, over the losses that reach any part of it.
+
+    What the modalities leave out is not integrated: its gradients are added.
+    """
+    order = {name: None for objectives in reach.values() for name in objectives}
+    blocks = []
+    for modality, members in modalities.items():
+        params = tuple(param for param in reach if param in members)
+        reaching = {name for param in params for name in reach[param]}
+        objectives = tuple(name for name in order if name in reaching)
+        if params:
+            blocks.append(Block(modality, objectives, params, integrated=len(objectives) > 1))
+    claimed = {param for block in blocks for param in block.params}
+    rest = {param: objectives for param, objectives in reach.items() if param not in claimed}
+    return blocks + [
+        Block(name, objectives, params, integrated=False)
+        for name, objectives, params in _by_objectives(rest)
+    ]
+
+
+def _by_objectives(reach: Reach) -> list[tuple[str, tuple[str, ...], tuple[Tensor, ...]]]:
+    groups: dict[tuple[str, ...], list[Tensor]] = {}
+    for param, objectives in reach.items():
+        groups.setdefault(objectives, []).append(param)
+    return [("+".join(names), names, tuple(params)) for names, params in groups.items()]
+
+
+def parameters_by_modality(groups: Any) -> Modalities:
+    """Resolve ``param_groups_by_modality`` to named parameters.
+
+    Args:
+        groups: a mapping from a modality's name to a module, to parameters, or to
+            ``(name, parameter)`` pairs. Generators are read once, here.
+
+    Raises:
+        TypeError: not a mapping, or an entry of another kind; names the modality.
+        ValueError: no entry, an empty one, or a parameter in two modalities; names them.
+    """
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            "param_groups_by_modality must be a mapping from a modality's name to a module "
+            f"or its parameters, got {type(groups).__name__}"
+        )
+    if not groups:
+        raise ValueError(
+            "param_groups_by_modality is empty: name at least one modality, or leave it out "
+            "to have the blocks found from which losses reach which parameters"
+        )
+    modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
+    owner: dict[Tensor, str] = {}
+    for modality, params in modalities.items():
+        for param, name in params.items():
+            if param in owner:
+                raise ValueError(
+                    f"parameter {name} of modality {modality!r} is in modality "
+                    f"{owner[param]!r} too: leave it in one of them, or in neither to have "
+                    "its gradients added"
+                )
+            owner[param] = modality
+    return modalities
+
+
+def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
+    """Raise ValueError if a trainable parameter of a modality is not in the optimizer."""
+    known = set(held)
+    for modality, params in modalities.items():
+        for param, name in params.items():
+            if param.requires_grad and param not in known:
+                raise ValueError(
+                    f"parameter {name} of modality {modality!r} is not held by the base "
+                    "optimizer: add it with add_param_group(), freeze it with "
+                    "requires_grad_(False), or leave it out of param_groups_by_modality"
+                )
+
+
+def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
+    if isinstance(entry, nn.Module):
+        items: list[Any] = list(entry.named_parameters())
+    elif isinstance(entry, Iterable) and not isinstance(entry, str | bytes | Tensor):
+        items = list(entry)
+    else:
+        items = [entry]
+    params: dict[Tensor, str] = {}
+    for index, item in enumerate(items):
+        name, param = item if _is_pair(item) else (str(index), item)
+        if not isinstance(param, Tensor):
+            raise TypeError(
+                f"modality {modality!r} must be a module, parameters or (name, parameter) "
+                f"pairs, got {type(param).__name__}"
+            )
+        params[param] = f"{name!r} of shape {tuple(param.shape)}"
+    if not params:
+        raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
+    return params
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)

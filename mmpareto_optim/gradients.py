@@ -1,0 +1,90 @@
+"""One gradient per loss, by one ``torch.autograd.grad`` call each."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = dict[str, dict[Tensor, Tensor]]
+"""For each loss the gradients of the parameters that it reaches."""
+
+
+def check_losses(losses: Any) -> None:
+    """Raise unless ``losses`` maps names to scalars that have a graph."""
+    if not isinstance(losses, Mapping):
+        raise TypeError(
+            "losses must be a mapping from a name to a scalar tensor, such as "
+            f'{{"mm": loss, "audio": audio_loss}}, got {type(losses).__name__}'
+        )
+    if not losses:
+        raise ValueError("losses is empty: give at least one loss")
+    for name, loss in losses.items():
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"loss {name!r} must be a scalar tensor, got {type(loss).__name__}: "
+                "pass the tensor itself, not its .item()"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss {name!r} must be a scalar, got shape {tuple(loss.shape)}: "
+                "reduce it with .mean() or .sum()"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"loss {name!r} has no graph, so it has no gradient: compute it from the "
+                "model's output outside torch.no_grad() and without .detach(), or leave it "
+                "out of losses"
+            )
+
+
+def gradients_of(
+    losses: Mapping[str, Tensor], params: Sequence[Tensor], describe: Callable[[Tensor], str]
+) -> Gradients:
+    """Differentiate each loss by the parameters; a loss lists only those that it reaches.
+
+    Args:
+        losses: scalars with a graph; the graphs are freed by the last one.
+        params: leaf tensors that require a gradient.
+        describe: a parameter's name for error messages.
+
+    Raises:
+        RuntimeError: a loss's graph was freed before; names the loss.
+        TypeError: a gradient is sparse; names the loss and the parameter.
+    """
+    *_, last = losses
+    found: Gradients = {}
+    for name, loss in losses.items():
+        rows = _differentiate(name, loss, params, retain_graph=name != last)
+        found[name] = {
+            param: row for param, row in zip(params, rows, strict=True) if row is not None
+        }
+        _check_dense(name, found[name].items(), describe)
+    return found
+
+
+def _differentiate(
+    name: str, loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    if not params:
+        return ()
+    try:
+        return torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise RuntimeError(
+                f"loss {name!r}: its graph has been freed by an earlier backward. Compute the "
+                "losses anew with a forward pass before each backward() or step(losses=...)"
+            ) from error
+        raise
+
+
+def _check_dense(
+    name: str, gradients: Iterable[tuple[Tensor, Tensor]], describe: Callable[[Tensor], str]
+) -> None:
+    for param, gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise TypeError(
+                f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
+                "gradients can be integrated: build the embedding with sparse=False"
+            )

@@ -1,0 +1,397 @@
+"""The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from mmpareto_optim.accumulation import Accumulation, History
+from mmpareto_optim.blocks import (
+    Block,
+    Modalities,
+    blocks_by_modality,
+    blocks_by_reach,
+    check_held,
+    parameters_by_modality,
+    reach_of,
+)
+from mmpareto_optim.flat import FlatGradients
+from mmpareto_optim.gradients import Gradients, check_losses, gradients_of
+from mmpareto_optim.rules import (
+    Rule,
+    check_gamma,
+    mmpareto_coefficients,
+    pareto_coefficients,
+    uniform_coefficients,
+    unstretched_coefficients,
+)
+from mmpareto_optim.stats import BlockStats
+
+Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
+Losses = Mapping[str, Tensor]
+
+
+class MMParetoOptimizer(Optimizer):
+    """Wraps an optimizer so that it steps along a gradient common to several losses.
+
+    Parameters that several losses reach form *blocks*, one for each set of losses. Each
+    block's gradients are integrated by MMPareto (Wei & Hu, ICML 2024, arXiv 2405.17730);
+    all others are the plain gradient of the sum of the losses. The base optimizer then
+    takes its own step::
+
+        opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9))
+        opt.zero_grad()
+        opt.step(losses={"mm": loss, "audio": audio_loss, "visual": visual_loss})
+
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's own.
+    Attributes that this class lacks (a third-party optimizer's ``train()``, say) are looked
+    up on the base.
+
+    Args:
+        optimizer: the base, any ``torch.optim.Optimizer``.
+        param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
+            modality's name to a module, parameters or ``(name, parameter)`` pairs. Each is
+            one block, integrated over the losses that reach it; the gradients of what it
+            leaves out are added.
+        integration: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
+            ``"uniform"``, the sum; or a function from a Gram matrix ``(m, m)`` to the
+            coefficients ``(m,)`` of the gradients.
+        gamma: factor on the integrated gradients of ``"mmpareto"``, positive.
+        rescale: how ``"mmpareto"`` restores the length of a conflicting block's gradient:
+            ``"encoder"``, the block as a whole, as in the paper, which keeps it a descent
+            direction common to all losses; or ``"tensor"``, each parameter tensor by its
+            own ratio, as in the authors' code, which does not.
+
+    Attributes:
+        optimizer: the base optimizer.
+        stats: for each block of two or more objectives a :class:`BlockStats` of the last
+            integration, by the block's name: the modality, or the names of the losses that
+            reach it joined by ``+``.
+
+    Raises:
+        TypeError: ``optimizer`` is not an optimizer, or ``param_groups_by_modality`` is
+            not a mapping or has an entry of another kind.
+        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+            parameter in two modalities, or one that the base does not hold.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+        *,
+        integration: Integration = "mmpareto",
+        gamma: float = 1.5,
+        rescale: Literal["encoder", "tensor"] = "encoder",
+    ) -> None:
+        # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
+                "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+            )
+        if not callable(integration) and integration not in ("mmpareto", "pareto", "uniform"):
+            raise ValueError(
+                'integration must be "mmpareto", "pareto", "uniform" or a function from a Gram '
+                f"matrix to coefficients, got {integration!r}"
+            )
+        if rescale not in ("encoder", "tensor"):
+            raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
+        check_gamma(gamma)
+        self.optimizer = optimizer
+        self.integration = integration
+        self.gamma = gamma
+        self.rescale = rescale
+        self.stats: dict[str, BlockStats] = {}
+        self._accumulations: list[Accumulation] = []
+        self._modalities: Modalities | None = None
+        if param_groups_by_modality is not None:
+            self._modalities = parameters_by_modality(param_groups_by_modality)
+            check_held(self._modalities, self._held())
+
+    @overload
+    def step(
+        self,
+        closure: None = None,
+        *,
+        losses: Losses | None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+    ) -> None: ...
+
+    @overload
+    def step(
+        self,
+        closure: Callable[[], Any],
+        *,
+        losses: None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+    ) -> Any: ...
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        losses: Losses | None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Integrate the losses' gradients, if losses are given, and step the base.
+
+        Args:
+            closure: re-evaluates the model: clears the gradients and returns the mapping
+                of losses, which is integrated before the base goes on. A closure that
+                returns anything else has done its own ``backward``, as in plain PyTorch.
+            losses: as for :meth:`backward`.
+            param_groups_by_modality: as for :meth:`backward`.
+
+        Returns:
+            What the base's step returns: with a closure the sum of its losses, otherwise
+            None.
+
+        Raises:
+            TypeError: both ``losses`` and ``closure``, or a base that cannot step without
+                a closure, given none; and whatever :meth:`backward` raises.
+        """
+        if losses is not None and closure is not None:
+            raise TypeError("step() takes losses or a closure that returns them, not both")
+        if param_groups_by_modality is not None and losses is None and closure is None:
+            raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
+        if closure is None and _needs_closure(self.optimizer):
+            raise TypeError(
+                f"{type(self.optimizer).__name__} evaluates the losses more than once in a step: "
+                "call step(closure) with a closure that returns the mapping of losses"
+            )
+        if losses is not None:
+            self.backward(losses, param_groups_by_modality=param_groups_by_modality)
+        if closure is None:
+            result = self.optimizer.step()
+        else:
+            result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
+        for accumulation in self._accumulations:
+            accumulation.close()
+        return result
+
+    def backward(
+        self, losses: Losses, *, param_groups_by_modality: Mapping[str, Any] | None = None
+    ) -> None:
+        """Leave the integrated gradients of the losses in ``.grad``, as ``backward`` does.
+
+        One backward pass a loss; the graphs are freed. Called again before
+        ``zero_grad()`` or ``step()``, the gradients of each loss accumulate and their
+        sums are integrated: micro-batches give what one large batch gives.
+
+        Args:
+            losses: scalars by name, each with a graph.
+            param_groups_by_modality: overrides that of the constructor.
+
+        Raises:
+            TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
+            ValueError: no loss; one that is not a scalar or has no graph; as in the
+                constructor for ``param_groups_by_modality``; an ``integration`` function
+                that returns another shape.
+            RuntimeError: a loss whose graph was freed by an earlier backward.
+
+            Parameters, ``.grad`` and the base optimizer are as before the call.
+        """
+        check_losses(losses)
+        modalities = self._modalities
+        if param_groups_by_modality is not None:
+            modalities = parameters_by_modality(param_groups_by_modality)
+        if modalities is not None:
+            check_held(modalities, self._held())
+        trainable = [param for param in self._held() if param.requires_grad]
+        gradients = gradients_of(losses, trainable, self._describe)
+        with torch.no_grad():
+            self._integrate(gradients, modalities)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the base does, and what has accumulated."""
+        for accumulation in self._accumulations:
+            accumulation.close()
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its parameters join the blocks of the losses that reach them."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state: a checkpoint of the plain optimizer and of this one are the same."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the base's state."""
+        self.optimizer.load_state_dict(state_dict)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's own list."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's own state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's own defaults."""
+        return self.optimizer.defaults
+
+    # Hooks run around the base's step, when .grad is there, and are handed this optimizer.
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """As in ``torch.optim``; called with the integrated gradients in ``.grad``."""
+        return self.optimizer.register_step_pre_hook(self._handed_self(hook))
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """As in ``torch.optim``."""
+        return self.optimizer.register_step_post_hook(self._handed_self(hook))
+
+    def register_state_dict_pre_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """As in ``torch.optim``."""
+        return self.optimizer.register_state_dict_pre_hook(self._handed_self(hook), prepend)
+
+    def register_state_dict_post_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """As in ``torch.optim``."""
+        return self.optimizer.register_state_dict_post_hook(self._handed_self(hook), prepend)
+
+    def register_load_state_dict_pre_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """As in ``torch.optim``."""
+        return self.optimizer.register_load_state_dict_pre_hook(self._handed_self(hook), prepend)
+
+    def register_load_state_dict_post_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """As in ``torch.optim``."""
+        return self.optimizer.register_load_state_dict_post_hook(self._handed_self(hook), prepend)
+
+    def __repr__(self) -> str:
+        blocks = "found by reach" if self._modalities is None else ", ".join(self._modalities)
+        integration = getattr(self.integration, "__name__", self.integration)
+        settings = f"integration={integration!r}"
+        if self.integration == "mmpareto":
+            settings += f", gamma={self.gamma}, rescale={self.rescale!r}"
+        base = "    ".join(repr(self.optimizer).splitlines(keepends=True))
+        return f"{type(self).__name__} (\n    {settings}\n    blocks: {blocks}\n    {base}\n)"
+
+    def __getattr__(self, name: str) -> Any:
+        # Private names stay the base's own: GradScaler, say, asks for one that is a promise
+        # about the object it is handed.
+        if name.startswith("_") or name == "optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.optimizer, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        settings = ("optimizer", "integration", "gamma", "rescale", "_modalities")
+        return {name: self.__dict__[name] for name in settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, stats={}, _accumulations=[])
+
+    def _integrate(self, gradients: Gradients, modalities: Modalities | None) -> None:
+        history = History(self._accumulations)
+        # Whatever raises before .grad is written (a rule of the user's, say) leaves .grad as
+        # it was and ends the accumulation.
+        self._accumulations = []
+        reach = reach_of(self._held(), gradients, history.gradients)
+        if modalities is None:
+            blocks = blocks_by_reach(reach)
+        else:
+            blocks = blocks_by_modality(reach, modalities)
+
+        stats: dict[str, BlockStats] = {}
+        totals: list[tuple[Accumulation, FlatGradients]] = []
+        # Plain blocks come last, because to accumulate there is to write .grad.
+        for block in sorted(blocks, key=lambda block: not block.integrated):
+            accumulation = history.resume(block, gradients)
+            if block.integrated:
+                total, stats[block.name] = self._combined(block, accumulation.rows)
+            else:
+                total = accumulation.sum()
+            totals.append((accumulation, total))
+        for accumulation, total in totals:
+            accumulation.write(total)
+        self._accumulations = [accumulation for accumulation, _ in totals]
+        self.stats = stats
+
+    def _combined(self, block: Block, rows: FlatGradients) -> tuple[FlatGradients, BlockStats]:
+        gram = rows.gram()
+        coefficients = self._coefficients(block, gram, rows.dtype)
+        total = rows.combine(coefficients)
+        gamma = self.gamma if self.integration == "mmpareto" else 1.0
+        stretch = None
+        if self.integration == "mmpareto" and self.rescale == "tensor":
+            plain_sum = rows.combine(torch.ones_like(coefficients))
+            stretch = gamma * plain_sum.norms() / total.norms()
+            stretch = torch.where(torch.isfinite(stretch) & (stretch > 1), stretch, 1.0)
+            total.scale(stretch)
+        return total, BlockStats(block.objectives, gram, coefficients, gamma, stretch)
+
+    def _coefficients(self, block: Block, gram: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.integration == "uniform":
+            return uniform_coefficients(gram)
+        if self.integration == "pareto":
+            return pareto_coefficients(gram)
+        if self.integration == "mmpareto":
+            if self.rescale == "tensor":
+                return unstretched_coefficients(gram, self.gamma)
+            return mmpareto_coefficients(gram, self.gamma, eps=torch.finfo(dtype).eps)
+        coefficients = self.integration(gram.to(dtype))
+        expected = (len(block.objectives),)
+        if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
+            found = getattr(coefficients, "shape", type(coefficients).__name__)
+            raise ValueError(
+                f"the integration function must return coefficients of shape {expected} for "
+                f"block {block.name!r} of objectives {block.objectives}, got {found}"
+            )
+        return coefficients
+
+    def _integrating(
+        self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None
+    ) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            losses = closure()
+            if not isinstance(losses, Mapping):
+                return losses
+            self.backward(losses, param_groups_by_modality=param_groups_by_modality)
+            return sum(loss.detach() for loss in losses.values())
+
+        return evaluate
+
+    def _held(self) -> list[Tensor]:
+        return [param for group in self.optimizer.param_groups for param in group["params"]]
+
+    def _describe(self, wanted: Tensor) -> str:
+        for number, group in enumerate(self.optimizer.param_groups):
+            for index, param in enumerate(group["params"]):
+                if param is wanted and "param_names" in group:
+                    return f"parameter {group['param_names'][index]!r}"
+                if param is wanted:
+                    shape = tuple(param.shape)
+                    return f"param_groups[{number}]['params'][{index}] of shape {shape}"
+        raise KeyError("parameter is not held by the base optimizer")
+
+    def _handed_self(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda _, *args: hook(self, *args)
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

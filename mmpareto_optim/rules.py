@@ -1,0 +1,127 @@
+"""Rules: pure functions from a Gram matrix of gradients to the coefficients of their sum."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.solver import check_gram, min_norm_weights, solver_dtype
+
+Rule = Callable[[Tensor], Tensor]
+"""A Gram matrix ``(m, m)`` in, coefficients ``(m,)`` out."""
+
+
+def uniform_coefficients(gram: Tensor) -> Tensor:
+    """Coefficients of the plain sum of the gradients (the *uniform baseline*): ones.
+
+    Args:
+        gram: Gram matrices, shape ``(..., m, m)``.
+
+    Returns:
+        Ones of shape ``(..., m)`` on the Gram matrix's device and in its dtype.
+
+    Raises:
+        ValueError, TypeError: as for :func:`min_norm_weights`.
+    """
+    check_gram(gram)
+    return torch.ones_like(gram[..., 0])
+
+
+def pareto_coefficients(gram: Tensor) -> Tensor:
+    """Coefficients of *conventional Pareto* (MGDA): ``m`` times the min-norm weights.
+
+    The factor ``m`` makes equal weights the plain sum (Wei & Hu 2024, Section 3.3).
+
+    Args:
+        gram: Gram matrices, shape ``(..., m, m)``.
+
+    Returns:
+        Coefficients of shape ``(..., m)`` on the Gram matrix's device and in its dtype.
+
+    Raises:
+        ValueError, TypeError: as for :func:`min_norm_weights`.
+    """
+    return min_norm_weights(gram) * gram.shape[-1]
+
+
+@torch.no_grad()
+def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None = None) -> Tensor:
+    """Coefficients of MMPareto (Wei & Hu 2024, arXiv 2405.17730, Algorithm 1).
+
+    Without conflict (no negative inner product) the sum of the gradients. In conflict
+    the min-norm direction, which is common to all objectives, stretched to at least the
+    length of that sum. Both times ``gamma``.
+
+    Two cases that the paper leaves open:
+
+    * A zero gradient has no direction to respect: the result is as if its loss were absent.
+    * Close to a Pareto-stationary point the min-norm point is the small difference of
+      large vectors. Where its rounding error could turn ``h . g_i`` negative, no common
+      descent direction can be told from noise and the coefficients are zero, as they are
+      for exactly opposite gradients.
+
+    Args:
+        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``.
+        gamma: factor on the result, positive; the authors' code uses 1.5.
+        eps: relative rounding error of the arithmetic that will combine the gradients;
+            the machine epsilon of ``gram.dtype`` if None.
+
+    Returns:
+        Coefficients ``c`` of ``h = sum_i c_i g_i``, shape ``(..., m)``, on the Gram
+        matrix's device and in its dtype. Not finite where the Gram matrix is not.
+
+    Raises:
+        ValueError: ``gamma`` is not positive and finite, or ``gram`` is not a stack of
+            square matrices.
+        TypeError: ``gram`` is not a real floating-point tensor.
+    """
+    check_gram(gram)
+    check_gamma(gamma)
+    eps = torch.finfo(gram.dtype).eps if eps is None else eps
+    products = gram.to(solver_dtype(gram))
+    lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    alpha = _weights_of_nonzero(products)
+    along = (products @ alpha.unsqueeze(-1)).squeeze(-1)  # p . g_i, at least ||p||^2
+
+    objectives = lengths.shape[-1]
+    rounding = objectives * eps * (alpha * lengths).sum(-1, keepdim=True) * lengths
+    lost = (along < rounding).any(-1, keepdim=True)
+
+    scale = (lengths > 0).sum(-1, keepdim=True)
+    length = scale * (alpha * along).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
+    stretch = torch.where(sum_length > length, sum_length / length, 1.0)
+    common = torch.where(lost, 0.0, scale * alpha * stretch)
+
+    conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
+    return (gamma * torch.where(conflict, common, 1.0)).to(gram.dtype)
+
+
+def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
+    """Coefficients before a stretch that is made tensor by tensor (``rescale="tensor"``).
+
+    The authors' code keeps uniform weights where cos > 0 and takes the min-norm weights
+    otherwise, orthogonal gradients included; :func:`mmpareto_coefficients` follows the
+    paper and keeps the sum for orthogonal gradients.
+    """
+    nonzero = gram.diagonal(dim1=-2, dim2=-1) > 0
+    opposed = (gram <= 0) & nonzero.unsqueeze(-1) & nonzero.unsqueeze(-2)
+    common = _weights_of_nonzero(gram) * nonzero.sum(-1, keepdim=True)
+    return gamma * torch.where(opposed.flatten(-2).any(-1, keepdim=True), common, 1.0)
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise unless ``gamma`` is a positive, finite number."""
+    if not (isinstance(gamma, int | float) and 0 < gamma < math.inf):
+        raise ValueError(f"gamma must be a positive, finite number, got {gamma!r}")
+
+
+def _weights_of_nonzero(gram: Tensor) -> Tensor:
+    """Min-norm weights of the gradients that are not zero; NaN where all are."""
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    zero = squares == 0
+    # A vector orthogonal to all others takes weight, but leaves the others' proportions.
+    stand_in = torch.where(zero, squares.amax(-1, keepdim=True), 0)
+    alpha = torch.where(zero, 0, min_norm_weights(gram + torch.diag_embed(stand_in)))
+    return alpha / alpha.sum(-1, keepdim=True)

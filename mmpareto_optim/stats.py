@@ -1,0 +1,74 @@
+"""What an integration saw, on the device until somebody looks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.solver import min_norm_weights
+
+
+@dataclass(frozen=True, eq=False)
+class BlockStats:
+    """The last integration of one block, of ``m`` objectives.
+
+    Everything is a tensor on the block's device, and what follows from the Gram matrix is
+    computed when it is read: a training loop that does not convert them (``float()``,
+    ``.item()``, printing) neither pays for them nor waits for the device.
+
+    Attributes:
+        objectives: names of the losses that reach the block, in the order of the rows.
+        gram: inner products of their gradients, shape ``(m, m)``.
+        coefficients: the ``c`` of ``h = sum_i c_i g_i``, shape ``(m,)``.
+        gamma: the factor that ``coefficients`` contain on top of the method's own.
+        stretch: with ``rescale="tensor"`` what each parameter tensor was multiplied by after
+            that, shape ``(tensors,)``; None otherwise.
+    """
+
+    objectives: tuple[str, ...]
+    gram: Tensor
+    coefficients: Tensor
+    gamma: float = 1.0
+    stretch: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """How much longer than ``m`` times the min-norm point the result was made, a scalar.
+
+        It is the mean coefficient over gamma: 1 for the plain sum, 0 where the block was
+        found Pareto-stationary to working precision. With ``rescale="tensor"`` it is
+        ``stretch``, shape ``(tensors,)``.
+        """
+        if self.stretch is not None:
+            return self.stretch
+        nonzero = self.gram.diagonal() > 0
+        return (self.coefficients * nonzero).sum() / nonzero.sum() / self.gamma
+
+    @property
+    def norms(self) -> Tensor:
+        """Length of each objective's gradient, shape ``(m,)``."""
+        return self.gram.diagonal().clamp(min=0).sqrt()
+
+    @property
+    def cosine(self) -> Tensor:
+        """Smallest cosine between two objectives' gradients, a scalar; NaN beside a zero one."""
+        norms = self.norms
+        cosines = self.gram / norms / norms.unsqueeze(-1)
+        itself = torch.eye(len(norms), dtype=torch.bool, device=norms.device)
+        return cosines.clamp(-1, 1).masked_fill(itself, 1).amin()
+
+    @property
+    def conflict(self) -> Tensor:
+        """Whether two objectives disagree (a negative inner product), a boolean scalar."""
+        return (self.gram < 0).any()
+
+    @property
+    def alpha(self) -> Tensor:
+        """Simplex weights of the min-norm point, shape ``(m,)``."""
+        return min_norm_weights(self.gram)
+
+    @property
+    def min_norm(self) -> Tensor:
+        """Length of the min-norm point, a scalar: 0 at a Pareto-stationary point."""
+        alpha = self.alpha
+        return (alpha @ self.gram @ alpha).clamp(min=0).sqrt()
