@@ -29,14 +29,14 @@ from common import (
     compare,
     load,
     parse_options,
+    plot_cosines,
     report,
-    smooth,
 )
 from torch import Tensor, nn
 
 HEADS = {"mm": "multimodal", "gray": "gray only", "colour": "colour only"}
 JITTER = 0.02**0.5  # standard deviation of each colour channel, as in the data set
-BLOCKS = {"gray encoder": "mm+gray", "colour encoder": "mm+colour"}
+BLOCKS = {"mm+gray": "gray encoder", "mm+colour": "colour encoder"}
 
 
 class TwoEncoders(nn.Module):
@@ -68,7 +68,7 @@ def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
 
 
 def _paint(images: Tensor, labels: Tensor, hues: Tensor, generator: torch.Generator) -> Split:
-    palette = torch.tensor(mpl.colormaps["tab10"].colors, dtype=torch.float)
+    palette = torch.tensor(mpl.color_sequences["tab10"], dtype=torch.float)
     jitter = JITTER * torch.randn(len(images), 3, generator=generator)
     colours = (palette[hues] + jitter).clamp(0, 1)
     gray = images.unsqueeze(1)
@@ -79,29 +79,15 @@ def plot(comparison: Comparison, path: Path) -> None:
     figure, (left, *others) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     places = np.arange(len(HEADS))
     for number, method in enumerate(METHODS):
-        values = [comparison.accuracies(method, head) for head in HEADS]
-        means, spreads = (
-            [v.mean() for v in values],
-            [v.std(ddof=min(1, len(v) - 1)) for v in values],
-        )
+        means, spreads = zip(*(comparison.summary(method, head) for head in HEADS), strict=True)
         left.bar(places + 0.2 * (number - 1.5), means, 0.2, yerr=spreads, capsize=2, label=method)
     left.set_xticks(places, list(HEADS.values()))
     left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
-    left.legend(fontsize="small", loc="upper right")
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
 
-    epochs = comparison.options.epochs
-    for axes, (encoder, block) in zip(others, BLOCKS.items(), strict=True):
-        for colour, method in (("C1", "uniform"), ("C3", "MMPareto")):
-            cosines = np.array([run.cosines[block] for run in comparison.runs[method]])
-            steps = np.arange(cosines.shape[1]) * epochs / cosines.shape[1]
-            window = max(1, len(steps) // 50)
-            curves = np.array([smooth(row, window) for row in cosines])
-            time, mean, spread = steps[window - 1 :], curves.mean(0), curves.std(0)
-            axes.plot(time, mean, colour, label=method)
-            axes.fill_between(time, mean - spread, mean + spread, color=colour, alpha=0.2)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set(xlabel="epoch", title=f"cos(joint, unimodal gradient), {encoder}")
-        axes.legend(fontsize="small")
+    for axes, (block, encoder) in zip(others, BLOCKS.items(), strict=True):
+        plot_cosines(axes, comparison, block)
+        axes.set_title(f"cos(joint, unimodal gradient), {encoder}")
     figure.savefig(path, dpi=120)
 
 
@@ -109,7 +95,7 @@ def main() -> None:
     started = perf_counter()
     options = parse_options(__doc__.split("\n")[0])
     comparison = compare(options, make_data, TwoEncoders)
-    path = report(comparison, "colored_gray_digits", HEADS, started)
+    path = report(comparison, "colored_gray_digits", HEADS, BLOCKS, started)
     plot(comparison, path)
     print(f"Picture: {path}")
 

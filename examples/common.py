@@ -8,10 +8,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
@@ -24,7 +27,7 @@ from mmpareto_optim import MMParetoOptimizer
 
 # The first trains the shared parts by the joint loss alone (the other heads read detached
 # features, so that they can be scored too); the others differ in how they integrate gradients.
-METHODS = {
+METHODS: dict[str, Literal["uniform", "pareto", "mmpareto"]] = {
     "one joint loss": "uniform",
     "uniform": "uniform",
     "conventional Pareto": "pareto",
@@ -66,8 +69,18 @@ class Comparison:
     options: argparse.Namespace
     runs: dict[str, list[Run]] = field(default_factory=lambda: {name: [] for name in METHODS})
 
-    def accuracies(self, method: str, head: str) -> np.ndarray:
-        return np.array([run.accuracy[head] for run in self.runs[method]])
+    def accuracies(self, method: str, head: str) -> list[float]:
+        return [run.accuracy[head] for run in self.runs[method]]
+
+    def summary(self, method: str, head: str) -> tuple[float, float]:
+        """Mean and standard deviation over the seeds, 0 for a single one."""
+        values = self.accuracies(method, head)
+        return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+    def conflicting(self, method: str, block: str) -> float | None:
+        """Share in % of the steps with cos < 0; None where several losses never met."""
+        cosines = [cosine for run in self.runs[method] for cosine in run.cosines.get(block, ())]
+        return 100 * mean(cosine < 0 for cosine in cosines) if cosines else None
 
 
 def parse_options(description: str) -> argparse.Namespace:
@@ -76,7 +89,7 @@ def parse_options(description: str) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
     parser.add_argument("--seeds", type=int, help="runs a method (default: digits 5, mnist 3)")
     parser.add_argument("--epochs", type=int, help="default: digits 30, mnist 3")
-    parser.add_argument("--lr", type=float, default=0.01, help="learning rate, all methods")
+    parser.add_argument("--lr", type=float, default=0.1, help="of all methods")
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args()
     if options.data == "mnist" and options.data_dir is None:
@@ -194,22 +207,34 @@ def accuracy(model: nn.Module, split: Split) -> dict[str, float]:
     return {head: 100 * hits / len(split) for head, hits in right.items()}
 
 
-def report(comparison: Comparison, name: str, heads: Mapping[str, str], started: float) -> Path:
-    """Print the table (``heads``: column titles by head) and save the runs as JSON."""
+def report(
+    comparison: Comparison,
+    name: str,
+    heads: Mapping[str, str],
+    blocks: Mapping[str, str],
+    started: float,
+) -> Path:
+    """Print the table (column titles by head and by block) and save the runs as JSON."""
     options = comparison.options
-    title = f"Test accuracy in %: mean and standard deviation over {options.seeds} seeds"
-    table = Table("method", *heads.values(), title=f"{title} ({options.data})")
+    table = Table(
+        "method",
+        *(f"{title}, accuracy %" for title in heads.values()),
+        *(f"{title}, conflicting steps %" for title in blocks.values()),
+        title=f"{options.data}: test accuracy, mean ± std over {options.seeds} seeds",
+    )
     for method in METHODS:
-        cells = []
-        for head in heads:
-            values = comparison.accuracies(method, head)
-            cells.append(f"{values.mean():.2f} ± {values.std(ddof=min(1, len(values) - 1)):.2f}")
-        table.add_row(method, *cells)
+        summaries = [comparison.summary(method, head) for head in heads]
+        shares = [comparison.conflicting(method, block) for block in blocks]
+        table.add_row(
+            method,
+            *(f"{middle:.2f} ± {spread:.2f}" for middle, spread in summaries),
+            *("" if share is None else f"{share:.0f}" for share in shares),
+        )
     console = Console()
     console.print(table)
 
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{name}_{options.data}"
+    path: Path = options.output / f"{name}_{options.data}"
     settings = {key: str(value) for key, value in vars(options).items()}
     runs = {
         method: [{"accuracy": run.accuracy, "cosines": run.cosines} for run in runs]
@@ -222,6 +247,20 @@ def report(comparison: Comparison, name: str, heads: Mapping[str, str], started:
     return path.with_suffix(".png")
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Moving average, as long as the whole windows reach."""
-    return np.convolve(values, np.ones(window) / window, mode="valid")
+def plot_cosines(axes: Axes, comparison: Comparison, block: str) -> None:
+    """Cosine over training of the methods that keep several losses: mean and std over seeds."""
+    for number, method in enumerate(METHODS):
+        if method not in ("uniform", "MMPareto"):
+            continue
+        cosines = np.array([run.cosines[block] for run in comparison.runs[method]])
+        window = max(1, cosines.shape[1] // 50)
+        kernel = np.ones(window) / window
+        curves = np.array([np.convolve(row, kernel, mode="valid") for row in cosines])
+        epochs = np.arange(window, cosines.shape[1] + 1) / cosines.shape[1]
+        epochs *= comparison.options.epochs
+        middle, spread = curves.mean(0), curves.std(0)
+        axes.plot(epochs, middle, f"C{number}", label=method)
+        axes.fill_between(epochs, middle - spread, middle + spread, color=f"C{number}", alpha=0.2)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("epoch")
+    axes.legend(fontsize="small")

@@ -16,7 +16,6 @@ from pathlib import Path
 from time import perf_counter
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from common import (
     METHODS,
@@ -27,12 +26,13 @@ from common import (
     compare,
     load,
     parse_options,
+    plot_cosines,
     report,
-    smooth,
 )
 from torch import Tensor, nn
 
 HEADS = {"left": "left digit", "right": "right digit (noisy)"}
+BLOCKS = {"left+right": "trunk"}
 NOISE = 0.3  # share of the right digit's pixels that turn black or white
 
 
@@ -81,34 +81,15 @@ def _overlay(images: Tensor, labels: Tensor, generator: torch.Generator) -> Spli
 def plot(comparison: Comparison, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for number, method in enumerate(METHODS):
-        x, y = (comparison.accuracies(method, head) for head in HEADS)
-        left.scatter(x, y, s=12, color=f"C{number}", alpha=0.5)
-        left.errorbar(
-            x.mean(),
-            y.mean(),
-            xerr=x.std(),
-            yerr=y.std(),
-            fmt="o",
-            color=f"C{number}",
-            label=method,
-        )
-    left.set(
-        xlabel="left digit, test accuracy (%)", ylabel="right digit (noisy), test accuracy (%)"
-    )
-    left.set_title("Accuracy of both tasks: seeds, mean, std")
+        left.scatter(*(comparison.accuracies(method, head) for head in HEADS), s=12, alpha=0.5)
+        (x, x_spread), (y, y_spread) = (comparison.summary(method, head) for head in HEADS)
+        left.errorbar(x, y, y_spread, x_spread, fmt="o", color=f"C{number}", label=method)
+    left.set(xlabel="left digit (%)", ylabel="right digit, noisy (%)")
+    left.set_title("Test accuracy of both tasks: seeds, mean, std")
     left.legend(fontsize="small")
 
-    for number, method in enumerate(METHODS):
-        if "left+right" not in comparison.runs[method][0].cosines:
-            continue
-        cosines = np.array([run.cosines["left+right"] for run in comparison.runs[method]])
-        steps = np.arange(cosines.shape[1]) * comparison.options.epochs / cosines.shape[1]
-        window = max(1, len(steps) // 50)
-        mean = np.mean([smooth(row, window) for row in cosines], axis=0)
-        right.plot(steps[window - 1 :], mean, f"C{number}", label=method)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set(xlabel="epoch", title="cos(left, right gradient), shared trunk")
-    right.legend(fontsize="small")
+    plot_cosines(right, comparison, *BLOCKS)
+    right.set_title("cos(left, right gradient), shared trunk")
     figure.savefig(path, dpi=120)
 
 
@@ -116,7 +97,7 @@ def main() -> None:
     started = perf_counter()
     options = parse_options(__doc__.split("\n")[0])
     comparison = compare(options, make_data, SharedTrunk)
-    path = report(comparison, "multimnist", HEADS, started)
+    path = report(comparison, "multimnist", HEADS, BLOCKS, started)
     plot(comparison, path)
     print(f"Picture: {path}")
 

@@ -193,10 +193,12 @@ class MMParetoOptimizer(Optimizer):
                 constructor for ``param_groups_by_modality``; an ``integration`` function
                 that returns another shape.
             RuntimeError: a loss whose graph was freed by an earlier backward.
+            NotImplementedError: several processes of ``torch.distributed``.
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
         """
         check_losses(losses)
+        _check_one_process()
         modalities = self._modalities
         if param_groups_by_modality is not None:
             modalities = parameters_by_modality(param_groups_by_modality)
@@ -379,17 +381,31 @@ class MMParetoOptimizer(Optimizer):
         return [param for group in self.optimizer.param_groups for param in group["params"]]
 
     def _describe(self, wanted: Tensor) -> str:
-        for number, group in enumerate(self.optimizer.param_groups):
-            for index, param in enumerate(group["params"]):
-                if param is wanted and "param_names" in group:
-                    return f"parameter {group['param_names'][index]!r}"
-                if param is wanted:
-                    shape = tuple(param.shape)
-                    return f"param_groups[{number}]['params'][{index}] of shape {shape}"
-        raise KeyError("parameter is not held by the base optimizer")
+        number, index, group = next(
+            (number, index, group)
+            for number, group in enumerate(self.optimizer.param_groups)
+            for index, param in enumerate(group["params"])
+            if param is wanted
+        )
+        if "param_names" in group:
+            return f"parameter {group['param_names'][index]!r}"
+        return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
 
     def _handed_self(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         return lambda _, *args: hook(self, *args)
+
+
+def _check_one_process() -> None:
+    # torch.autograd.grad runs no hook of DistributedDataParallel: each rank would step along
+    # its own gradient, silently.
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    processes = torch.distributed.get_world_size()
+    if processes > 1:
+        raise NotImplementedError(
+            f"torch.distributed runs {processes} processes, and gradients are not averaged over "
+            "them yet: train in one process, or sum the losses and use the base optimizer"
+        )
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

@@ -57,9 +57,11 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
 
     * A zero gradient has no direction to respect: the result is as if its loss were absent.
     * Close to a Pareto-stationary point the min-norm point is the small difference of
-      large vectors. Where its rounding error could turn ``h . g_i`` negative, no common
-      descent direction can be told from noise and the coefficients are zero, as they are
-      for exactly opposite gradients.
+      large vectors, and the stretch would blow its rounding error up to full size. The
+      weights are therefore found for cosines smaller by ``m * eps``, which keeps
+      ``h . g_i >= 0`` true after rounding. Where no direction satisfies that (two
+      gradients within ``2 sqrt(m * eps)`` radians of opposite: 0.001 in float32), none can
+      be told from noise and the coefficients are zero, as for exactly opposite gradients.
 
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``.
@@ -81,15 +83,16 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
     products = gram.to(solver_dtype(gram))
     lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    alpha = _weights_of_nonzero(products)
-    along = (products @ alpha.unsqueeze(-1)).squeeze(-1)  # p . g_i, at least ||p||^2
-
-    objectives = lengths.shape[-1]
-    rounding = objectives * eps * (alpha * lengths).sum(-1, keepdim=True) * lengths
-    lost = (along < rounding).any(-1, keepdim=True)
+    # Every cosine less the rounding error of h . g_i: what holds for these holds for h as
+    # it will be computed.
+    error = lengths.shape[-1] * eps * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
+    pessimistic = products - error
+    alpha = _weights_of_nonzero(pessimistic)
+    lost = ((pessimistic @ alpha.unsqueeze(-1)) < 0).squeeze(-1).any(-1, keepdim=True)
 
     scale = (lengths > 0).sum(-1, keepdim=True)
-    length = scale * (alpha * along).sum(-1, keepdim=True).clamp(min=0).sqrt()
+    square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
+    length = scale * square.clamp(min=0).sqrt()
     sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
     stretch = torch.where(sum_length > length, sum_length / length, 1.0)
     common = torch.where(lost, 0.0, scale * alpha * stretch)

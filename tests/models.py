@@ -1,0 +1,65 @@
+"""Small models of the three shapes that the library is for, and their losses."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+Losses = dict[str, Tensor]
+
+
+class LateFusion(nn.Module):
+    """Two encoders, two unimodal heads, a joint head."""
+
+    def __init__(self, width: int = 8, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.audio = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 6))
+        self.visual = nn.Sequential(nn.Linear(7, width), nn.Tanh(), nn.Linear(width, 6))
+        self.audio_head, self.visual_head = nn.Linear(6, 3), nn.Linear(6, 3)
+        self.mm_head = nn.Linear(12, 3)
+        self.to(dtype)
+
+    def losses(self, batch: tuple[Tensor, Tensor, Tensor]) -> Losses:
+        spec, image, label = batch
+        audio, visual = self.audio(spec), self.visual(image)
+        joint = self.mm_head(torch.cat([audio, visual], dim=1))
+        return {
+            "mm": cross_entropy(joint, label),
+            "audio": cross_entropy(self.audio_head(audio), label),
+            "visual": cross_entropy(self.visual_head(visual), label),
+        }
+
+
+def audio_visual_batch(
+    size: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs; labels that disagree with each other from one modality to the other."""
+    return (
+        torch.randn(size, 5, dtype=dtype),
+        torch.randn(size, 7, dtype=dtype),
+        torch.randint(3, (size,)),
+    )
+
+
+def vectors_as_losses(param: Tensor, gradients: Tensor) -> Losses:
+    """Linear losses whose gradients with respect to ``param`` are the rows of ``gradients``."""
+    return {f"loss{i}": (param * row.view_as(param)).sum() for i, row in enumerate(gradients)}
+
+
+def grads(model: nn.Module) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def train(model: LateFusion, step: Callable[[Losses], object], steps: int) -> list[Tensor]:
+    """Steps on the same batches whatever the model; the parameters afterwards."""
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+    for _ in range(steps):
+        batch = (
+            torch.randn(16, 5, generator=generator).to(dtype),
+            torch.randn(16, 7, generator=generator).to(dtype),
+            torch.randint(3, (16,), generator=generator),
+        )
+        step(model.losses(batch))
+    return [param.detach().clone() for param in model.parameters()]

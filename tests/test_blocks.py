@@ -1,0 +1,194 @@
+"""Which gradients meet: blocks found from reach, and blocks named by hand."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
+from tests.models import LateFusion, Losses, audio_visual_batch
+
+
+def sgd(params: Iterable[Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def integrated(losses: Losses, params: list[nn.Parameter]) -> list[Tensor]:
+    """The oracle: concatenate, Gram matrix, rule, split."""
+    rows = []
+    for loss in losses.values():
+        found = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        parts = [
+            torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)
+        ]
+        rows.append(torch.cat([part.flatten() for part in parts]))
+    matrix = torch.stack(rows).double()
+    h = (mmpareto_coefficients(matrix @ matrix.T, eps=1.2e-7) @ matrix).float()
+    pieces = h.split([param.numel() for param in params])
+    return [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
+
+
+def assert_grads(params: Iterable[nn.Parameter], expected: Iterable[Tensor | None]) -> None:
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient)
+
+
+def test_late_fusion() -> None:
+    model = LateFusion()
+    losses = model.losses(audio_visual_batch())
+    audio, visual = list(model.audio.parameters()), list(model.visual.parameters())
+    heads = [*model.mm_head.parameters(), *model.audio_head.parameters()]
+    expected_audio = integrated({k: losses[k] for k in ("mm", "audio")}, audio)
+    expected_visual = integrated({k: losses[k] for k in ("mm", "visual")}, visual)
+    total = torch.stack(list(losses.values())).sum()
+    expected_heads = torch.autograd.grad(total, heads, retain_graph=True)
+
+    opt = MMParetoOptimizer(sgd(model.parameters()))
+    opt.backward(losses)
+    assert_grads(audio, expected_audio)
+    assert_grads(visual, expected_visual)
+    assert_grads(heads, expected_heads)
+    assert {name: stats.objectives for name, stats in opt.stats.items()} == {
+        "mm+audio": ("mm", "audio"),
+        "mm+visual": ("mm", "visual"),
+    }
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 5])
+def test_shared_trunk(tasks: int) -> None:
+    trunk, heads = nn.Linear(4, 6), [nn.Linear(6, 2) for _ in range(tasks)]
+    features = trunk(torch.randn(8, 4))
+    losses = {
+        f"task{i}": cross_entropy(head(features), torch.randint(2, (8,)))
+        for i, head in enumerate(heads)
+    }
+    expected = integrated(losses, list(trunk.parameters()))
+    opt = MMParetoOptimizer(sgd([*trunk.parameters(), *nn.ModuleList(heads).parameters()]))
+    opt.backward(losses)
+    assert_grads(trunk.parameters(), expected)
+    (stats,) = opt.stats.values()
+    assert stats.objectives == tuple(losses)
+    assert stats.gram.shape == (tasks, tasks)
+
+
+def test_cross_modal_layers_have_three_objectives() -> None:
+    audio, visual, cross = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(12, 12)
+    mm_head, audio_head, visual_head = nn.Linear(12, 3), nn.Linear(6, 3), nn.Linear(6, 3)
+    label = torch.randint(3, (8,))
+    mixed = cross(torch.cat([audio(torch.randn(8, 4)), visual(torch.randn(8, 5))], 1)).relu()
+    losses = {
+        "mm": cross_entropy(mm_head(mixed), label),
+        "audio": cross_entropy(audio_head(mixed[:, :6]), label),
+        "visual": cross_entropy(visual_head(mixed[:, 6:]), label),
+    }
+    # All three losses reach both encoders and the cross-modal layer: one block.
+    shared = [*audio.parameters(), *visual.parameters(), *cross.parameters()]
+    heads = nn.ModuleList([mm_head, audio_head, visual_head])
+    expected = integrated(losses, shared)
+    opt = MMParetoOptimizer(sgd([*shared, *heads.parameters()]))
+    opt.backward(losses)
+    assert_grads(shared, expected)
+    assert list(opt.stats) == ["mm+audio+visual"]
+
+
+ENTRIES: dict[str, Callable[[nn.Module], Any]] = {
+    "module": lambda module: module,
+    "parameters": lambda module: module.parameters(),
+    "list": lambda module: list(module.parameters()),
+    "named parameters": lambda module: module.named_parameters(),
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+@pytest.mark.parametrize("when", ["construction", "step"])
+def test_modalities_named_by_hand(kind: str, when: str) -> None:
+    model = LateFusion()
+    losses = model.losses(audio_visual_batch())
+    modalities = {name: ENTRIES[kind](getattr(model, name)) for name in ("audio", "visual")}
+    expected = integrated({k: losses[k] for k in ("mm", "audio")}, list(model.audio.parameters()))
+    if when == "construction":
+        opt = MMParetoOptimizer(sgd(model.parameters()), modalities)
+        opt.step(losses=losses)
+    else:
+        opt = MMParetoOptimizer(sgd(model.parameters()))
+        opt.step(losses=losses, param_groups_by_modality=modalities)
+    assert_grads(model.audio.parameters(), expected)
+    assert list(opt.stats) == ["audio", "visual"]
+
+
+def test_what_is_left_out_gets_the_plain_sum() -> None:
+    model = LateFusion()
+    losses = model.losses(audio_visual_batch())
+    total = torch.stack(list(losses.values())).sum()
+    expected = torch.autograd.grad(total, list(model.visual.parameters()), retain_graph=True)
+    opt = MMParetoOptimizer(sgd(model.parameters()), {"audio": model.audio})
+    opt.backward(losses)
+    assert_grads(model.visual.parameters(), expected)
+    assert list(opt.stats) == ["audio"]
+
+
+def test_a_step_overrides_the_constructor() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(sgd(model.parameters()), {"audio": model.audio})
+    opt.step(
+        losses=model.losses(audio_visual_batch()),
+        param_groups_by_modality={"eyes": model.visual},
+    )
+    assert list(opt.stats) == ["eyes"]
+
+
+def test_a_modality_may_span_parts_that_different_losses_reach() -> None:
+    """One block over the union: a loss that misses a parameter counts as zero there."""
+    model = LateFusion()
+    losses = model.losses(audio_visual_batch())
+    both = [*model.audio.parameters(), *model.visual.parameters()]
+    expected = integrated(losses, both)
+    opt = MMParetoOptimizer(sgd(model.parameters()), {"both": both})
+    opt.backward(losses)
+    assert_grads(both, expected)
+    assert opt.stats["both"].objectives == ("mm", "audio", "visual")
+
+
+def test_frozen_and_unreached_parameters_are_left_alone() -> None:
+    model = LateFusion()
+    model.audio[0].requires_grad_(False)
+    losses = model.losses(audio_visual_batch())
+    del losses["visual"]
+    # Frozen, so it may be missing from the base though the module is named as a modality.
+    held = [param for param in model.parameters() if param.requires_grad]
+    opt = MMParetoOptimizer(sgd(held), {"audio": model.audio})
+    opt.step(losses=losses)
+    assert_grads(model.audio[0].parameters(), [None, None])
+    assert_grads(model.visual_head.parameters(), [None, None])
+    assert all(param.grad is not None for param in model.audio[2].parameters())
+
+
+def test_unfrozen_parameters_join_in() -> None:
+    model = LateFusion()
+    model.audio.requires_grad_(False)
+    opt = MMParetoOptimizer(sgd(model.parameters()))
+    opt.step(losses=model.losses(audio_visual_batch()))
+    assert list(opt.stats) == ["mm+visual"]
+    model.audio.requires_grad_(True)
+    opt.step(losses=model.losses(audio_visual_batch()))
+    assert list(opt.stats) == ["mm+audio", "mm+visual"]
+
+
+def test_a_loss_that_reaches_nothing_changes_nothing() -> None:
+    model, stranger = LateFusion(), nn.Parameter(torch.ones(()))
+    losses = model.losses(audio_visual_batch())
+    expected = integrated({k: losses[k] for k in ("mm", "audio")}, list(model.audio.parameters()))
+    MMParetoOptimizer(sgd(model.parameters())).backward({**losses, "other": stranger * 2})
+    assert_grads(model.audio.parameters(), expected)
+    assert stranger.grad is None
+
+
+def test_losses_that_reach_nothing_at_all() -> None:
+    param, stranger = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))
+    opt = MMParetoOptimizer(sgd([param]))
+    opt.step(losses={"other": stranger * 2})
+    assert param.grad is None
+    assert opt.stats == {}

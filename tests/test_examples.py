@@ -1,0 +1,69 @@
+"""The examples as a newcomer runs them, cut short."""
+
+import gzip
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+HEADS = {"colored_gray_digits": {"mm", "gray", "colour"}, "multimnist": {"left", "right"}}
+METHODS = {"one joint loss", "uniform", "conventional Pareto", "MMPareto"}
+
+pytest.importorskip("sklearn", reason="the examples extra is not installed")
+pytest.importorskip("matplotlib", reason="the examples extra is not installed")
+pytest.importorskip("rich", reason="the examples extra is not installed")
+
+
+def run(name: str, output: Path, *options: str) -> dict[str, object]:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--output", str(output), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(method in done.stdout for method in METHODS)
+    (picture,) = output.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (runs,) = output.glob("*.json")
+    document: dict[str, object] = json.loads(runs.read_text())
+    return document
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_digits(name: str, tmp_path: Path) -> None:
+    document = run(name, tmp_path, "--seeds", "2", "--epochs", "1")
+    runs = document["runs"]
+    assert isinstance(runs, dict)
+    assert set(runs) == METHODS
+    for method, seeds in runs.items():
+        assert len(seeds) == 2
+        for seed in seeds:
+            assert set(seed["accuracy"]) >= HEADS[name]
+            assert all(0 <= value <= 100 for value in seed["accuracy"].values())
+            assert bool(seed["cosines"]) is (method != "one joint loss")
+
+
+def test_full_mnist_is_read(data_dir: Path, tmp_path: Path) -> None:
+    """A tenth of an epoch would do, so the images are cut to the first thousand."""
+    for name, rows in (("train", 1000), ("t10k", 200)):
+        for kind, rank in (("images", 3), ("labels", 1)):
+            file = f"{name}-{kind}-idx{rank}-ubyte.gz"
+            with gzip.open(data_dir / "mnist" / file) as source:
+                header = source.read(4 + 4 * rank)
+                size = int(np.prod(struct.unpack(f">{rank - 1}I", header[8:]))) if rank > 1 else 1
+                body = source.read(rows * size)
+            with gzip.open(tmp_path / file, "wb") as target:
+                target.write(header[:4] + struct.pack(">I", rows) + header[8:] + body)
+    output = tmp_path / "out"
+    options = ("--data", "mnist", "--data-dir", str(tmp_path), "--seeds", "1", "--epochs", "1")
+    document = run("multimnist", output, *options)
+    assert document["settings"]["data"] == "mnist"  # type: ignore[index]
+
+
+def test_mnist_without_a_folder_says_what_is_missing() -> None:
+    command = [sys.executable, str(EXAMPLES / "multimnist.py"), "--data", "mnist"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--data mnist needs --data-dir" in done.stderr

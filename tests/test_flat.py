@@ -1,0 +1,163 @@
+"""Gradients of every dtype, layout and length, through the public API."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
+from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
+
+
+def wrapped(*params: Tensor, **options: float) -> MMParetoOptimizer:
+    return MMParetoOptimizer(torch.optim.SGD(params, lr=0.1), **options)  # type: ignore[arg-type]
+
+
+def linear_losses(params: list[nn.Parameter], rows: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Losses whose gradients are given, one tensor for each parameter."""
+    return {
+        f"loss{i}": torch.stack(
+            [(p * g.conj()).sum().real.double() for p, g in zip(params, row, strict=True)]
+        ).sum()
+        for i, row in enumerate(rows)
+    }
+
+
+def oracle(rows: list[list[Tensor]]) -> list[Tensor]:
+    precise = {g.dtype for row in rows for g in row} <= {torch.float64}
+    eps = torch.finfo(torch.float64 if precise else torch.float32).eps
+    wide = [[g.to(torch.complex128) if g.is_complex() else g.double() for g in r] for r in rows]
+    flat = [
+        torch.cat([torch.view_as_real(g).flatten() if g.is_complex() else g.flatten() for g in r])
+        for r in wide
+    ]
+    matrix = torch.stack(flat)
+    coefficients = mmpareto_coefficients(matrix @ matrix.T, eps=eps)
+    return [
+        sum(c * g for c, g in zip(coefficients, gradients, strict=True))
+        for gradients in zip(*wide, strict=True)
+    ]
+
+
+CASES: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {
+    "float32": [((3, 4), torch.float32), ((5,), torch.float32)],
+    "float64": [((3, 4), torch.float64), ((), torch.float64)],
+    "bfloat16": [((30, 4), torch.bfloat16), ((5,), torch.bfloat16)],
+    "float16": [((30, 4), torch.float16), ((5,), torch.float16)],
+    "complex64": [((3, 4), torch.complex64), ((5,), torch.complex64)],
+    "mixed": [
+        ((3, 4), torch.float32),
+        ((3,), torch.float64),
+        ((2, 2), torch.complex64),
+        ((7,), torch.bfloat16),
+    ],
+    "empty among others": [((0, 3), torch.float32), ((3,), torch.float32)],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("conflict", [False, True])
+def test_dtypes(case: str, conflict: bool) -> None:
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape, dtype in CASES[case]]
+    first = [torch.randn_like(p) for p in params]
+    sign = -0.5 if conflict else 0.5
+    second = [sign * g + torch.randn_like(g) * 0.1 for g in first]
+    opt = wrapped(*params)
+    opt.backward(linear_losses(params, [first, second]))
+    (stats,) = opt.stats.values()
+    assert bool(stats.conflict) is conflict
+    for param, expected in zip(params, oracle([first, second]), strict=True):
+        assert param.grad is not None
+        assert param.grad.dtype == param.dtype
+        torch.testing.assert_close(param.grad, expected.to(param.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_that_overflow_half_precision(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.zeros(1000, dtype=dtype))
+    rows = torch.full((2, 1000), 1000.0, dtype=dtype)
+    rows[1, :600] = -1000
+    opt = wrapped(param)
+    opt.backward(vectors_as_losses(param, rows))
+    (stats,) = opt.stats.values()
+    torch.testing.assert_close(float(stats.norms[0]), 1000 * 1000**0.5)
+    assert stats.conflict
+    assert param.grad is not None
+    assert param.grad.isfinite().all()
+
+
+@given(st.integers(-30, 30), st.integers(-6, 6))
+def test_lengths_whose_squares_overflow_or_vanish_in_float32(exponent: int, ratio: int) -> None:
+    ratio = max(-38, min(37, exponent + ratio)) - exponent
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+    rows *= torch.tensor([[10.0**exponent], [10.0 ** (exponent + ratio)]])
+    param = nn.Parameter(torch.zeros(2))
+    opt = wrapped(param)
+    opt.backward(vectors_as_losses(param, rows))
+    assert param.grad is not None
+    assert param.grad.isfinite().all()
+    assert param.grad.any()
+    exact = rows.double() @ param.grad.double()
+    lengths = rows.double().norm(dim=1) * param.grad.double().norm()
+    assert (exact >= -1e-7 * lengths).all()
+
+
+@pytest.fixture(params=["highest", "medium"])
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("matmul_precision")
+def test_the_global_matmul_precision_does_not_matter() -> None:
+    param = nn.Parameter(torch.zeros(300_001))
+    rows = torch.randn(3, 300_001)
+    opt = wrapped(param)
+    opt.backward(vectors_as_losses(param, rows))
+    (stats,) = opt.stats.values()
+    torch.testing.assert_close(stats.gram, rows.double() @ rows.double().T, rtol=1e-12, atol=1e-9)
+
+
+def test_channels_last_parameters_get_channels_last_gradients() -> None:
+    param = nn.Parameter(torch.zeros(4, 3, 5, 5).to(memory_format=torch.channels_last))
+    rows = [[torch.randn(4, 3, 5, 5)], [-torch.randn(4, 3, 5, 5)]]
+    opt = wrapped(param)
+    opt.backward(linear_losses([param], rows))
+    assert param.grad is not None
+    assert param.grad.stride() == param.stride()
+    torch.testing.assert_close(param.grad, oracle(rows)[0].float())
+
+
+def test_gradients_are_views_of_one_flat_vector() -> None:
+    model = LateFusion()
+    opt = wrapped(*model.parameters())
+    opt.backward(model.losses(audio_visual_batch()))
+    storages = {p.grad.untyped_storage().data_ptr() for p in model.audio.parameters()}  # type: ignore[union-attr]
+    assert len(storages) == 1
+
+
+@pytest.mark.parametrize("rescale", ["encoder", "tensor"])
+def test_equal_zero_and_opposite_gradients(rescale: str) -> None:
+    row = torch.tensor([1.0, -2.0, 3.0])
+    zero = torch.zeros(3)
+    for rows, expected in (
+        ([row, row], 3 * row),
+        ([row, zero], 1.5 * row),
+        ([zero, zero], zero),
+        ([row, -row], zero),
+        ([row, -3 * row], zero),
+    ):
+        param = nn.Parameter(torch.zeros(3))
+        opt = wrapped(param, rescale=rescale)  # type: ignore[arg-type]
+        opt.backward(vectors_as_losses(param, torch.stack(rows)))
+        if rescale == "tensor" and not expected.any() and rows[0].any() and rows[1].norm() > 5:
+            # The authors' stretch has no guard: what rounding leaves is blown up.
+            assert param.grad is not None
+            assert param.grad.isfinite().all()
+            continue
+        torch.testing.assert_close(param.grad, expected)

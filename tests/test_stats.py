@@ -1,0 +1,78 @@
+"""What an integration saw."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mmpareto_optim import BlockStats, MMParetoOptimizer
+from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
+
+
+def stats_of(rows: list[list[float]], **options: object) -> BlockStats:
+    gradients = torch.tensor(rows)
+    param = nn.Parameter(torch.zeros(gradients.shape[1]))
+    sgd = torch.optim.SGD([param], lr=0.1)
+    opt = MMParetoOptimizer(sgd, **options)  # type: ignore[arg-type]
+    opt.backward(vectors_as_losses(param, gradients))
+    (stats,) = opt.stats.values()
+    return stats
+
+
+def test_conflict_of_two() -> None:
+    stats = stats_of([[1.0, 0.0], [-1.0, 2.0]])
+    assert stats.objectives == ("loss0", "loss1")
+    assert stats.norms.tolist() == pytest.approx([1, 5**0.5])
+    assert float(stats.cosine) == pytest.approx(-1 / 5**0.5)
+    assert stats.alpha.tolist() == pytest.approx([0.75, 0.25])
+    assert bool(stats.conflict)
+    assert float(stats.min_norm) == pytest.approx(0.5**0.5)
+    # The sum (0, 2) is longer than 2 p = (1, 1).
+    assert float(stats.scale) == pytest.approx(2**0.5)
+    assert stats.coefficients.tolist() == pytest.approx([1.5 * 1.5 * 2**0.5, 1.5 * 0.5 * 2**0.5])
+
+
+def test_agreement() -> None:
+    stats = stats_of([[1.0, 0.0], [1.0, 1.0]], gamma=2.0)
+    assert not bool(stats.conflict)
+    assert float(stats.scale) == 1
+    assert stats.coefficients.tolist() == [2, 2]
+
+
+def test_three_objectives_show_the_worst_pair() -> None:
+    stats = stats_of([[1.0, 0.0], [1.0, 1.0], [-1.0, 1.0]])
+    assert float(stats.cosine) == pytest.approx(-1 / 2**0.5)
+    assert stats.gram.shape == (3, 3)
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [-2.0, -4.0]], [[1.0, 0.0], [-3.0, 0.0]]])
+def test_pareto_stationary(rows: list[list[float]]) -> None:
+    stats = stats_of(rows)
+    assert float(stats.min_norm) == pytest.approx(0, abs=1e-9)
+    assert float(stats.scale) == 0
+
+
+def test_a_zero_gradient_has_no_cosine() -> None:
+    stats = stats_of([[1.0, 2.0], [0.0, 0.0]])
+    assert math.isnan(float(stats.cosine))
+    assert not bool(stats.conflict)
+    assert float(stats.scale) == 1
+    assert float(stats.min_norm) == 0
+
+
+@pytest.mark.parametrize("integration", ["uniform", "pareto"])
+def test_other_rules_are_not_scaled(integration: str) -> None:
+    stats = stats_of([[1.0, 0.0], [-1.0, 2.0]], integration=integration)
+    assert float(stats.scale) == pytest.approx(1)
+
+
+def test_each_step_replaces_the_stats() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert opt.stats == {}
+    opt.step(losses=model.losses(audio_visual_batch()))
+    first = opt.stats
+    opt.step(losses=model.losses(audio_visual_batch()))
+    assert list(first) == list(opt.stats)
+    assert not first["mm+audio"].gram.equal(opt.stats["mm+audio"].gram)
