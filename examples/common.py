@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
@@ -22,6 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
 
 from mmpareto_optim import MMParetoOptimizer
 
@@ -34,6 +36,7 @@ METHODS: dict[str, Literal["uniform", "pareto", "mmpareto"]] = {
     "MMPareto": "mmpareto",
 }
 JOINT = "one joint loss"
+BATCH_SIZE = 64
 
 Tensors = dict[str, Tensor]
 
@@ -89,7 +92,7 @@ def parse_options(description: str) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
     parser.add_argument("--seeds", type=int, help="runs a method (default: digits 5, mnist 3)")
     parser.add_argument("--epochs", type=int, help="default: digits 30, mnist 3")
-    parser.add_argument("--lr", type=float, default=0.1, help="of all methods")
+    parser.add_argument("--lr", type=float, default=0.1, help="peak of the schedule, all methods")
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args()
     if options.data == "mnist" and options.data_dir is None:
@@ -168,29 +171,33 @@ def compare(
                 model = make_model(method == JOINT)
                 sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
                 optimizer = MMParetoOptimizer(sgd, integration=integration)
+                steps = options.epochs * ceil(len(train_split) / BATCH_SIZE)
+                # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
+                schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
                 cosines: dict[str, list[Tensor]] = {}
                 for _ in range(options.epochs):
-                    train_epoch(model, optimizer, train_split, cosines)
+                    train_epoch(model, optimizer, schedule, train_split, cosines)
                     progress.advance(bar)
-                steps = {block: torch.stack(values).tolist() for block, values in cosines.items()}
-                comparison.runs[method].append(Run(accuracy(model, test_split), steps))
+                curves = {block: torch.stack(values).tolist() for block, values in cosines.items()}
+                comparison.runs[method].append(Run(accuracy(model, test_split), curves))
     return comparison
 
 
 def train_epoch(
     model: nn.Module,
     optimizer: MMParetoOptimizer,
+    schedule: OneCycleLR,
     split: Split,
     cosines: dict[str, list[Tensor]],
-    batch_size: int = 64,
 ) -> None:
     model.train()
-    for index in torch.randperm(len(split)).split(batch_size):
+    for index in torch.randperm(len(split)).split(BATCH_SIZE):
         batch = split[index]
         logits = model(*batch.inputs)
         losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
         optimizer.zero_grad()
         optimizer.step(losses=losses)
+        schedule.step()
         for block, stats in optimizer.stats.items():
             cosines.setdefault(block, []).append(stats.cosine)
 
