@@ -1,91 +1,73 @@
 """Blocks: groups of parameters, told apart by which losses reach them."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from mmpareto_optim.gradients import Gradients
-
 Modalities = dict[str, dict[Tensor, str]]
 """For each modality its parameters, each with a name for error messages."""
 
-Reach = Mapping[Tensor, tuple[str, ...]]
+Reach = Sequence[tuple[str, ...]]
 """For each parameter the names of the losses that reach it, in the order of the losses."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Block:
     """Parameters whose gradients are treated as one vector.
 
     Attributes:
         name: the modality, or the objectives joined by ``+`` for a block found by reach.
         objectives: names of the losses that reach the block.
-        params: the parameters, in the base optimizer's order.
+        positions: where its parameters stand in the list of all parameters.
         integrated: whether a rule decides the coefficients; otherwise gradients are added.
     """
 
     name: str
     objectives: tuple[str, ...]
-    params: tuple[Tensor, ...]
+    positions: tuple[int, ...]
     integrated: bool
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for blocks that hold the same gradients."""
-        return self.objectives, tuple(map(id, self.params)), self.integrated
-
-
-def reach_of(params: Iterable[Tensor], *gradients: Gradients) -> Reach:
-    """Which losses reach which of ``params``, in any of several sets of gradients.
-
-    Parameters that no loss reaches are left out.
-    """
-    names = list(dict.fromkeys(name for found in gradients for name in found))
-    reach = {
-        param: tuple(
-            name for name in names if any(param in found.get(name, ()) for found in gradients)
-        )
-        for param in params
-    }
-    return {param: objectives for param, objectives in reach.items() if objectives}
 
 
 def blocks_by_reach(reach: Reach) -> list[Block]:
     """One block for each set of losses, of the parameters that just these losses reach."""
     return [
-        Block(name, objectives, params, integrated=len(objectives) > 1)
-        for name, objectives, params in _by_objectives(reach)
+        Block(name, objectives, positions, integrated=len(objectives) > 1)
+        for name, objectives, positions in _by_objectives(reach, range(len(reach)))
     ]
 
 
-def blocks_by_modality(reach: Reach, modalities: Modalities) -> list[Block]:
+def blocks_by_modality(
+    reach: Reach, params: Sequence[Tensor], modalities: Modalities, losses: Iterable[str]
+) -> list[Block]:
     """One block for each modality, over the losses that reach any part of it.
 
     What the modalities leave out is not integrated: its gradients are added.
     """
-    order = {name: None for objectives in reach.values() for name in objectives}
     blocks = []
     for modality, members in modalities.items():
-        params = tuple(param for param in reach if param in members)
-        reaching = {name for param in params for name in reach[param]}
-        objectives = tuple(name for name in order if name in reaching)
-        if params:
-            blocks.append(Block(modality, objectives, params, integrated=len(objectives) > 1))
-    claimed = {param for block in blocks for param in block.params}
-    rest = {param: objectives for param, objectives in reach.items() if param not in claimed}
+        positions = tuple(i for i, param in enumerate(params) if param in members and reach[i])
+        reaching = {name for position in positions for name in reach[position]}
+        objectives = tuple(name for name in losses if name in reaching)
+        if positions:
+            blocks.append(Block(modality, objectives, positions, integrated=len(objectives) > 1))
+    claimed = {position for block in blocks for position in block.positions}
+    rest = [position for position in range(len(params)) if position not in claimed]
     return blocks + [
-        Block(name, objectives, params, integrated=False)
-        for name, objectives, params in _by_objectives(rest)
+        Block(name, objectives, positions, integrated=False)
+        for name, objectives, positions in _by_objectives(reach, rest)
     ]
 
 
-def _by_objectives(reach: Reach) -> list[tuple[str, tuple[str, ...], tuple[Tensor, ...]]]:
-    groups: dict[tuple[str, ...], list[Tensor]] = {}
-    for param, objectives in reach.items():
-        groups.setdefault(objectives, []).append(param)
-    return [("+".join(names), names, tuple(params)) for names, params in groups.items()]
+def _by_objectives(
+    reach: Reach, positions: Iterable[int]
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for position in positions:
+        groups.setdefault(reach[position], []).append(position)
+    groups.pop((), None)  # what no loss reaches stays as it is
+    return [("+".join(names), names, tuple(members)) for names, members in groups.items()]
 
 
 def parameters_by_modality(groups: Any) -> Modalities:

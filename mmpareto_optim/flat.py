@@ -1,180 +1,237 @@
-"""Gradients of one block as rows of flat buffers: flatten, Gram matrix, combine, unflatten."""
+"""Gradients as flat rows: flatten, Gram matrix, combine, unflatten, a bucket at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.solver import solver_dtype
 
-CHUNK = 2**18
-"""Columns that the Gram matrix converts at a time: 2 MiB a row, about a core's cache."""
+BUCKET = {"cpu": 2**18}
+"""Elements of a bucket by device type: on the CPU what a core's cache holds."""
+LARGE_BUCKET = 2**22
+"""Elements of a bucket elsewhere, where launching a kernel costs more than memory does."""
 
 
-class FlatGradients:
-    """Gradients of ``params`` as rows, in one buffer for each device and dtype.
-
-    Rows are kept in at least float32, whatever the dtype of the parameters.
+class FlatBlock:
+    """The gradients of one block, a row for each objective, flattened a bucket at a time.
 
     Args:
-        params: leaf tensors of any shapes, dtypes and devices.
-        rows: how many gradients to hold. Their values are undefined until copied.
+        params: all parameters.
+        positions: which of them make the block.
+        rows: for each objective its gradient, one tensor or None for each of ``params``.
+        keep: whether ``rows`` are needed afterwards; otherwise they are emptied bucket by
+            bucket as they are combined, so that their memory serves the result.
     """
 
-    def __init__(self, params: Sequence[Tensor], rows: int) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for param in params:
-            groups.setdefault((param.device, param.dtype), []).append(param)
-        self._buffers = [_Buffer(_Layout(group), rows) for group in groups.values()]
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        positions: Sequence[int],
+        rows: Sequence[Gradient],
+        *,
+        keep: bool,
+    ) -> None:
+        self._rows = rows
+        self._keep = keep
+        self._buckets = buckets_of(params, positions)
+        self._flat: list[Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest dtype that any row is kept in."""
-        dtypes = [buffer.data.dtype for buffer in self._buffers]
-        return torch.float32 if torch.float32 in dtypes else torch.float64
-
-    def gradient(self, row: int) -> dict[Tensor, Tensor]:
-        """Row ``row`` as a view for each parameter, in the parameter's shape."""
-        return {
-            param: view
-            for buffer in self._buffers
-            for param, view in zip(buffer.layout.params, buffer.views[row], strict=True)
-        }
-
-    def copy(self, row: int, gradient: Mapping[Tensor, Tensor]) -> None:
-        """Overwrite row ``row``; parameters that ``gradient`` lacks get zeros."""
-        for buffer in self._buffers:
-            views, values = buffer.matched(row, gradient)
-            if len(views) < len(buffer.views[row]):
-                buffer.data[row].zero_()
-            if views:
-                torch._foreach_copy_(views, values)
-
-    def add(self, row: int, gradient: Mapping[Tensor, Tensor]) -> None:
-        """Add to row ``row`` in place."""
-        for buffer in self._buffers:
-            views, values = buffer.matched(row, gradient)
-            if views:
-                wide = [value.to(view.dtype) for view, value in zip(views, values, strict=True)]
-                torch._foreach_add_(views, wide)
+        """The coarsest dtype in which gradients are combined, at least float32."""
+        return min((bucket.dtype for bucket in self._buckets), key=lambda d: d.itemsize)
 
     def gram(self) -> Tensor:
-        """Inner products of the rows, shape ``(rows, rows)``, on the first buffer's device.
+        """Inner products of the rows, shape ``(rows, rows)``, on the first bucket's device.
 
-        Real parts of them where gradients are complex. Accumulated in float64, which holds
+        Their real parts where gradients are complex. Accumulated in float64, which holds
         products of float32 numbers exactly, and which no setting of the float32 matmul
         precision (TF32, bfloat16) touches.
         """
-        total, *others = [buffer.gram() for buffer in self._buffers]
-        for other in others:
-            total = total + other.to(total.device, non_blocking=True)
-        return total
-
-    def combine(self, coefficients: Tensor) -> "FlatGradients":
-        """``sum_i c_i row_i`` as a new single row; ``coefficients`` has shape ``(rows,)``."""
-        combined = FlatGradients.__new__(FlatGradients)
-        combined._buffers = [buffer.combine(coefficients) for buffer in self._buffers]
-        return combined
-
-    def norms(self) -> Tensor:
-        """Norm of each parameter's part of the first row, shape ``(parameters,)``.
-
-        The parameters are in buffer order, and the result on the first buffer's device.
-        """
-        norms = [torch.stack(torch._foreach_norm(buffer.views[0])) for buffer in self._buffers]
-        return torch.cat([norm.to(norms[0].device, norms[0].dtype) for norm in norms])
-
-    def scale(self, factors: Tensor) -> None:
-        """Multiply each parameter's part of the first row, in the order of :meth:`norms`."""
-        parts = torch.split(factors, [len(buffer.layout.params) for buffer in self._buffers])
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            buffer.scale(part)
-
-    def as_grads(self) -> dict[Tensor, Tensor]:
-        """The first row as views of one flat vector in the parameters' own dtype."""
-        return {
-            param: view
-            for buffer in self._buffers
-            for param, view in zip(buffer.layout.params, buffer.as_grads(), strict=True)
-        }
-
-
-class _Layout:
-    """Where each of some parameters of one device and dtype lies in a flat real vector."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
-        self.sizes = [param.numel() * (2 if param.is_complex() else 1) for param in params]
-        self.strides = [_dense_strides(param) for param in params]
-        self.dtype = params[0].dtype.to_real()
-        self.device = params[0].device
-
-    @cached_property
-    def repeats(self) -> Tensor:
-        """The sizes, on the device."""
-        return torch.tensor(self.sizes, device=self.device)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Views in the parameters' shapes and memory formats."""
-        pieces = torch.split(flat, self.sizes)
-        if self.params[0].is_complex():
-            pieces = tuple(torch.view_as_complex(piece.view(-1, 2)) for piece in pieces)
-        return [
-            piece.as_strided(param.shape, strides)
-            for piece, param, strides in zip(pieces, self.params, self.strides, strict=True)
-        ]
-
-
-class _Buffer:
-    """Rows of one layout."""
-
-    def __init__(self, layout: _Layout, rows: int) -> None:
-        self.layout = layout
-        precise = torch.promote_types(layout.dtype, torch.float32)
-        self.data = torch.empty(rows, sum(layout.sizes), dtype=precise, device=layout.device)
-        self.views = [layout.views(row) for row in self.data]
-
-    def matched(
-        self, row: int, gradient: Mapping[Tensor, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The row's views and the values for them, where ``gradient`` has a value."""
-        pairs = zip(self.views[row], self.layout.params, strict=True)
-        found = [(view, gradient[param]) for view, param in pairs if param in gradient]
-        return [view for view, _ in found], [value for _, value in found]
-
-    def gram(self) -> Tensor:
-        rows, columns = self.data.shape
-        wide = self.data.new_empty(rows, min(columns, CHUNK), dtype=solver_dtype(self.data))
-        gram = wide.new_zeros(rows, rows)
-        for chunk in torch.split(self.data, CHUNK, dim=1):
-            exact = wide[:, : chunk.shape[1]].copy_(chunk)
-            gram.addmm_(exact, exact.T)
+        gram: Tensor | None = None
+        for bucket in self._buckets:
+            part = _gram(self._flatten(bucket))
+            gram = part if gram is None else gram + part.to(gram.device, non_blocking=True)
+        assert gram is not None
         return gram
 
-    def combine(self, coefficients: Tensor) -> "_Buffer":
-        factors = coefficients.to(self.data.device, self.data.dtype, non_blocking=True)
-        combined = _Buffer(self.layout, rows=1)
-        (total,) = combined.data
-        # Elementwise and not a matmul, which may run in TF32.
-        torch.mul(self.data[0], factors[0], out=total)
-        for row, factor in zip(self.data[1:], factors[1:], strict=True):
-            total.addcmul_(row, factor)
+    def sum(self) -> dict[int, Tensor]:
+        """The sum of the rows: by position one new tensor, in the parameter's shape."""
+        total: dict[int, Tensor] = {}
+        for bucket in self._buckets:
+            row = bucket.flatten(self._rows[0], copy=True)
+            for other in self._rows[1:]:
+                row += bucket.flatten(other)
+            total |= bucket.unflatten(row)
+            self._release(bucket)
+        return total
+
+    def combine(self, coefficients: Tensor) -> dict[int, Tensor]:
+        """``sum_i c_i row_i``, as :meth:`sum`; ``coefficients`` has shape ``(rows,)``."""
+        combined: dict[int, Tensor] = {}
+        for bucket in self._buckets:
+            combined |= bucket.unflatten(_combine(self._flatten(bucket), coefficients))
+            self._release(bucket)
         return combined
 
-    def scale(self, factors: Tensor) -> None:
-        local = factors.to(self.data.device, self.data.dtype, non_blocking=True)
-        columns = self.data.shape[1]
-        self.data[0].mul_(local.repeat_interleave(self.layout.repeats, output_size=columns))
+    def combine_and_stretch(
+        self, coefficients: Tensor, gamma: float
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """:meth:`combine`, each tensor stretched to at least gamma times the norm of the sum.
 
-    def as_grads(self) -> list[Tensor]:
-        if self.data.dtype == self.layout.dtype:
-            return self.views[0]
-        return self.layout.views(self.data[0].to(self.layout.dtype))
+        Returns:
+            The tensors by position, and the factors that they were multiplied by.
+        """
+        combined: dict[int, Tensor] = {}
+        factors = []
+        for bucket in self._buckets:
+            rows = self._flatten(bucket)
+            result = _combine(rows, coefficients)
+            plain_sum = _combine(rows, torch.ones_like(coefficients))
+            stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
+            stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
+            combined |= bucket.unflatten(result * bucket.spread(stretch))
+            factors.append(stretch.to(coefficients.device, non_blocking=True))
+            self._release(bucket)
+        return combined, torch.cat(factors)
+
+    def _flatten(self, bucket: "Bucket") -> list[Tensor]:
+        if self._flat is not None:
+            return self._flat
+        flat = [bucket.flatten(row) for row in self._rows]
+        if len(self._buckets) == 1:
+            # Flattened once for both the Gram matrix and the combination.
+            self._flat = flat
+        return flat
+
+    def _release(self, bucket: "Bucket") -> None:
+        if self._keep:
+            return
+        for row in self._rows:
+            for position in bucket.positions:
+                row[position] = None
 
 
-def _dense_strides(param: Tensor) -> tuple[int, ...]:
-    """The parameter's strides if it is dense (channels-last, say), otherwise contiguous ones."""
+def _gram(rows: Sequence[Tensor]) -> Tensor:
+    chunk = BUCKET.get(rows[0].device.type, LARGE_BUCKET)
+    gram: Tensor | None = None
+    for pieces in zip(*(torch.split(row, chunk) for row in rows), strict=True):
+        exact = torch.stack(pieces).to(solver_dtype(rows[0]))
+        gram = exact @ exact.T if gram is None else gram.addmm_(exact, exact.T)
+    assert gram is not None
+    return gram
+
+
+def _combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+    first, *others = rows
+    factors = coefficients.to(first.device, first.dtype, non_blocking=True).unbind()
+    # Elementwise and not a matmul, which may run in TF32.
+    total = first * factors[0]
+    for row, factor in zip(others, factors[1:], strict=True):
+        total.addcmul_(row, factor)
+    return total
+
+
+class Bucket:
+    """Parameters of one device and dtype whose gradients are handled as one flat vector.
+
+    Rows are in at least float32, whatever the dtype of the parameters. Complex numbers
+    count as pairs of real ones.
+
+    Args:
+        positions: where the parameters stand in the list of all parameters.
+        params: the parameters.
+    """
+
+    def __init__(self, positions: list[int], params: list[Tensor]) -> None:
+        self.positions = positions
+        self.device = params[0].device
+        self._dtype = params[0].dtype.to_real()
+        self.dtype = torch.promote_types(self._dtype, torch.float32)
+        self._complex = params[0].is_complex()
+        self._sizes = [_real_numbers(param) for param in params]
+        self._orders = [_memory_order(param) for param in params]
+        self._shapes = [param.shape for param in params]
+
+    def flatten(self, gradient: Sequence[Tensor | None], *, copy: bool = False) -> Tensor:
+        """The gradients of the bucket's parameters as one row; zeros for None.
+
+        Without ``copy`` the row may be a view of the gradient: it is to be read, not written.
+        """
+        pieces = [
+            self._flat_piece(gradient[position], order, size)
+            for position, order, size in zip(self.positions, self._orders, self._sizes, strict=True)
+        ]
+        row = torch.cat(pieces) if copy or len(pieces) > 1 else pieces[0]
+        return row.to(self.dtype)
+
+    def unflatten(self, row: Tensor) -> dict[int, Tensor]:
+        """By position the views of a row in the parameters' shapes, dtype and memory formats."""
+        pieces: Iterable[Tensor] = torch.split(row.to(self._dtype), self._sizes)
+        if self._complex:
+            pieces = [torch.view_as_complex(piece.view(-1, 2)) for piece in pieces]
+        views = [
+            piece.view(shape) if order is None else _in_memory_order(piece, shape, order)
+            for piece, shape, order in zip(pieces, self._shapes, self._orders, strict=True)
+        ]
+        return dict(zip(self.positions, views, strict=True))
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """How many numbers of a row belong to each parameter, shape ``(parameters,)``."""
+        return torch.tensor(self._sizes, device=self.device)
+
+    def norms(self, row: Tensor) -> Tensor:
+        """Norm of each parameter's part of a row, shape ``(parameters,)``."""
+        return torch.stack(torch._foreach_norm(torch.split(row, self._sizes)))
+
+    def spread(self, factors: Tensor) -> Tensor:
+        """One factor for each parameter, repeated for each number of a row."""
+        return factors.repeat_interleave(self.sizes, output_size=sum(self._sizes))
+
+    def _flat_piece(self, gradient: Tensor | None, order: list[int] | None, size: int) -> Tensor:
+        if gradient is None:
+            return torch.zeros(size, dtype=self._dtype, device=self.device)
+        if order is not None:
+            gradient = gradient.permute(order)
+        if self._complex:
+            gradient = torch.view_as_real(gradient.resolve_conj())
+        return gradient.reshape(-1)
+
+
+def buckets_of(params: Sequence[Tensor], positions: Iterable[int]) -> list[Bucket]:
+    """Divide parameters into buckets of one device and dtype and of limited size."""
+    open_buckets: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
+    closed: list[list[int]] = []
+    for position in positions:
+        param = params[position]
+        kind = (param.device, param.dtype)
+        limit = BUCKET.get(param.device.type, LARGE_BUCKET)
+        members, size = open_buckets.get(kind, ([], 0))
+        if members and size + param.numel() > limit:
+            closed.append(members)
+            members, size = [], 0
+        members.append(position)
+        open_buckets[kind] = (members, size + param.numel())
+    closed += [members for members, _ in open_buckets.values()]
+    return [Bucket(members, [params[position] for position in members]) for members in closed]
+
+
+def _real_numbers(param: Tensor) -> int:
+    return param.numel() * (2 if param.is_complex() else 1)
+
+
+def _memory_order(param: Tensor) -> list[int] | None:
+    """Dimensions of a dense parameter from the slowest to the fastest; None if contiguous."""
     if param.is_contiguous():
-        return param.stride()
-    return torch.empty_like(param, device="meta").stride()
+        return None
+    strides = torch.empty_like(param, device="meta").stride()
+    return sorted(range(param.ndim), key=lambda dimension: -strides[dimension])
+
+
+def _in_memory_order(piece: Tensor, shape: Sequence[int], order: list[int]) -> Tensor:
+    back = [order.index(dimension) for dimension in range(len(order))]
+    return piece.view([shape[dimension] for dimension in order]).permute(back)

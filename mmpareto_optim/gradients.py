@@ -1,13 +1,13 @@
 """One gradient per loss, by one ``torch.autograd.grad`` call each."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Gradients = dict[str, dict[Tensor, Tensor]]
-"""For each loss the gradients of the parameters that it reaches."""
+Gradient = list[Tensor | None]
+"""One tensor for each parameter, None where the loss does not reach it."""
 
 
 def check_losses(losses: Any) -> None:
@@ -40,36 +40,42 @@ def check_losses(losses: Any) -> None:
 
 def gradients_of(
     losses: Mapping[str, Tensor], params: Sequence[Tensor], describe: Callable[[Tensor], str]
-) -> Gradients:
-    """Differentiate each loss by the parameters; a loss lists only those that it reaches.
+) -> dict[str, Gradient]:
+    """Differentiate each loss by the parameters.
 
     Args:
         losses: scalars with a graph; the graphs are freed by the last one.
         params: leaf tensors that require a gradient.
         describe: a parameter's name for error messages.
 
+    Returns:
+        For each loss one gradient for each parameter. These tensors may share memory with
+        others that autograd handed out: they are to be read, not written.
+
     Raises:
         RuntimeError: a loss's graph was freed before; names the loss.
         TypeError: a gradient is sparse; names the loss and the parameter.
     """
     *_, last = losses
-    found: Gradients = {}
+    found = {}
     for name, loss in losses.items():
-        rows = _differentiate(name, loss, params, retain_graph=name != last)
-        found[name] = {
-            param: row for param, row in zip(params, rows, strict=True) if row is not None
-        }
-        _check_dense(name, found[name].items(), describe)
+        found[name] = _differentiate(name, loss, params, retain_graph=name != last)
+        for param, gradient in zip(params, found[name], strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise TypeError(
+                    f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
+                    "gradients can be integrated: build the embedding with sparse=False"
+                )
     return found
 
 
 def _differentiate(
     name: str, loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool
-) -> Sequence[Tensor | None]:
+) -> Gradient:
     if not params:
-        return ()
+        return []
     try:
-        return torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        found = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "second time" in str(error):
             raise RuntimeError(
@@ -77,14 +83,4 @@ def _differentiate(
                 "losses anew with a forward pass before each backward() or step(losses=...)"
             ) from error
         raise
-
-
-def _check_dense(
-    name: str, gradients: Iterable[tuple[Tensor, Tensor]], describe: Callable[[Tensor], str]
-) -> None:
-    for param, gradient in gradients:
-        if gradient.layout != torch.strided:
-            raise TypeError(
-                f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
-                "gradients can be integrated: build the embedding with sparse=False"
-            )
+    return list(found)

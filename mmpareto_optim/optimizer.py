@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mmpareto_optim.accumulation import Accumulation, History
 from mmpareto_optim.blocks import (
     Block,
     Modalities,
@@ -17,10 +16,9 @@ from mmpareto_optim.blocks import (
     blocks_by_reach,
     check_held,
     parameters_by_modality,
-    reach_of,
 )
-from mmpareto_optim.flat import FlatGradients
-from mmpareto_optim.gradients import Gradients, check_losses, gradients_of
+from mmpareto_optim.flat import FlatBlock
+from mmpareto_optim.gradients import check_losses, gradients_of
 from mmpareto_optim.rules import (
     Rule,
     check_gamma,
@@ -30,6 +28,7 @@ from mmpareto_optim.rules import (
     unstretched_coefficients,
 )
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.window import Window
 
 Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
 Losses = Mapping[str, Tensor]
@@ -107,7 +106,7 @@ class MMParetoOptimizer(Optimizer):
         self.gamma = gamma
         self.rescale = rescale
         self.stats: dict[str, BlockStats] = {}
-        self._accumulations: list[Accumulation] = []
+        self._window: Window | None = None
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality)
@@ -165,13 +164,12 @@ class MMParetoOptimizer(Optimizer):
                 "call step(closure) with a closure that returns the mapping of losses"
             )
         if losses is not None:
-            self.backward(losses, param_groups_by_modality=param_groups_by_modality)
+            self._backward(losses, param_groups_by_modality, keep=False)
         if closure is None:
             result = self.optimizer.step()
         else:
             result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
-        for accumulation in self._accumulations:
-            accumulation.close()
+        self._window = None
         return result
 
     def backward(
@@ -197,22 +195,11 @@ class MMParetoOptimizer(Optimizer):
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        check_losses(losses)
-        _check_one_process()
-        modalities = self._modalities
-        if param_groups_by_modality is not None:
-            modalities = parameters_by_modality(param_groups_by_modality)
-        if modalities is not None:
-            check_held(modalities, self._held())
-        trainable = [param for param in self._held() if param.requires_grad]
-        gradients = gradients_of(losses, trainable, self._describe)
-        with torch.no_grad():
-            self._integrate(gradients, modalities)
+        self._backward(losses, param_groups_by_modality, keep=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
-        for accumulation in self._accumulations:
-            accumulation.close()
+        self._window = None
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -305,46 +292,61 @@ class MMParetoOptimizer(Optimizer):
         return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, stats={}, _accumulations=[])
+        self.__dict__.update(state, stats={}, _window=None)
 
-    def _integrate(self, gradients: Gradients, modalities: Modalities | None) -> None:
-        history = History(self._accumulations)
-        # Whatever raises before .grad is written (a rule of the user's, say) leaves .grad as
-        # it was and ends the accumulation.
-        self._accumulations = []
-        reach = reach_of(self._held(), gradients, history.gradients)
+    def _backward(
+        self, losses: Losses, param_groups_by_modality: Mapping[str, Any] | None, *, keep: bool
+    ) -> None:
+        check_losses(losses)
+        _check_one_process()
+        modalities = self._modalities
+        if param_groups_by_modality is not None:
+            modalities = parameters_by_modality(param_groups_by_modality)
+        if modalities is not None:
+            check_held(modalities, self._held())
+        params = [param for param in self._held() if param.requires_grad]
+        gradients = gradients_of(losses, params, self._describe)
+        with torch.no_grad():
+            window = Window(params, gradients)
+            # Until the new one is complete there is none: whatever raises below (a rule of
+            # the user's, say) leaves .grad as it is and ends the accumulation.
+            earlier, self._window = self._window, None
+            if earlier is not None:
+                window.extend(earlier)
+            self.stats = self._integrate(window, modalities, keep=keep)
+            self._window = window if keep else None
+
+    def _integrate(
+        self, window: Window, modalities: Modalities | None, *, keep: bool
+    ) -> dict[str, BlockStats]:
+        reach = window.reach()
         if modalities is None:
             blocks = blocks_by_reach(reach)
         else:
-            blocks = blocks_by_modality(reach, modalities)
-
+            blocks = blocks_by_modality(reach, window.params, modalities, window.rows)
         stats: dict[str, BlockStats] = {}
-        totals: list[tuple[Accumulation, FlatGradients]] = []
-        # Plain blocks come last, because to accumulate there is to write .grad.
-        for block in sorted(blocks, key=lambda block: not block.integrated):
-            accumulation = history.resume(block, gradients)
+        grads: dict[int, Tensor] = {}
+        for block in blocks:
+            rows = [window.rows[name] for name in block.objectives]
+            flat = FlatBlock(window.params, block.positions, rows, keep=keep)
             if block.integrated:
-                total, stats[block.name] = self._combined(block, accumulation.rows)
+                combined, stats[block.name] = self._combined(block, flat)
+                grads |= combined
             else:
-                total = accumulation.sum()
-            totals.append((accumulation, total))
-        for accumulation, total in totals:
-            accumulation.write(total)
-        self._accumulations = [accumulation for accumulation, _ in totals]
-        self.stats = stats
+                grads |= flat.sum()
+        for position, grad in grads.items():
+            window.write(position, grad)
+        return stats
 
-    def _combined(self, block: Block, rows: FlatGradients) -> tuple[FlatGradients, BlockStats]:
-        gram = rows.gram()
-        coefficients = self._coefficients(block, gram, rows.dtype)
-        total = rows.combine(coefficients)
-        gamma = self.gamma if self.integration == "mmpareto" else 1.0
-        stretch = None
+    def _combined(self, block: Block, flat: FlatBlock) -> tuple[dict[int, Tensor], BlockStats]:
+        gram = flat.gram()
+        coefficients = self._coefficients(block, gram, flat.dtype)
         if self.integration == "mmpareto" and self.rescale == "tensor":
-            plain_sum = rows.combine(torch.ones_like(coefficients))
-            stretch = gamma * plain_sum.norms() / total.norms()
-            stretch = torch.where(torch.isfinite(stretch) & (stretch > 1), stretch, 1.0)
-            total.scale(stretch)
-        return total, BlockStats(block.objectives, gram, coefficients, gamma, stretch)
+            combined, stretch = flat.combine_and_stretch(coefficients, self.gamma)
+        else:
+            combined, stretch = flat.combine(coefficients), None
+        gamma = self.gamma if self.integration == "mmpareto" else 1.0
+        return combined, BlockStats(block.objectives, gram, coefficients, gamma, stretch)
 
     def _coefficients(self, block: Block, gram: Tensor, dtype: torch.dtype) -> Tensor:
         if self.integration == "uniform":

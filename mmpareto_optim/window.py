@@ -1,0 +1,71 @@
+"""What has accumulated since the last ``zero_grad``: per-loss gradients, and ``.grad``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.gradients import Gradient
+
+
+class Window:
+    """Gradients of each loss since the last ``zero_grad``.
+
+    A ``.grad`` that was not written from here (another ``backward()``'s, or ours after
+    somebody clipped, unscaled or zeroed it) is *foreign*: it is never integrated but, as in
+    plain PyTorch, what comes next is added to it.
+
+    Attributes:
+        params: the parameters.
+        rows: for each loss its gradient, one tensor or None for each parameter.
+        foreign: for each parameter the ``.grad`` to add to, or None.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rows: dict[str, Gradient]) -> None:
+        self.params = params
+        self.rows = rows
+        self.foreign = [param.grad for param in params]
+        self._written: list[tuple[Tensor, int] | None] = [None] * len(params)
+
+    def extend(self, earlier: "Window") -> None:
+        """Add what an earlier window holds, as far as its ``.grad`` is untouched."""
+        places = {param: index for index, param in enumerate(earlier.params)}
+        kept = [(new, places[param]) for new, param in enumerate(self.params) if param in places]
+        kept = [(new, old) for new, old in kept if earlier._is_untouched(old)]
+        for new, old in kept:
+            self.foreign[new] = earlier.foreign[old]
+        for name, gradient in earlier.rows.items():
+            row = self.rows.setdefault(name, [None] * len(self.params))
+            for new, old in kept:
+                row[new] = _added(gradient[old], row[new])
+                gradient[old] = None  # its memory is free for the next sum
+
+    def reach(self) -> tuple[tuple[str, ...], ...]:
+        """For each parameter the names of the losses that reach it."""
+        flags = zip(*([g is not None for g in row] for row in self.rows.values()), strict=True)
+        names = tuple(self.rows)
+        return tuple(
+            tuple(name for name, reached in zip(names, column, strict=True) if reached)
+            for column in flags
+        )
+
+    def write(self, position: int, gradient: Tensor) -> None:
+        """Make ``gradient``, and what is foreign, the ``.grad`` of a parameter."""
+        foreign = self.foreign[position]
+        if foreign is not None:
+            gradient = gradient + foreign
+        self.params[position].grad = gradient
+        self._written[position] = (gradient, gradient._version)
+
+    def _is_untouched(self, position: int) -> bool:
+        written = self._written[position]
+        if written is None:
+            return False
+        gradient, version = written
+        return self.params[position].grad is gradient and gradient._version == version
+
+
+def _added(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    if old is None or new is None:
+        return old if new is None else new
+    return torch.add(old.to(torch.promote_types(old.dtype, torch.float32)), new)
