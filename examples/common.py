@@ -221,24 +221,21 @@ def report(
     blocks: Mapping[str, str],
     started: float,
 ) -> Path:
-    """Print the table (column titles by head and by block) and save the runs as JSON."""
+    """Print the tables (column titles by head and by block) and save the runs as JSON."""
     options = comparison.options
-    table = Table(
-        "method",
-        *(f"{title}, accuracy %" for title in heads.values()),
-        *(f"{title}, conflicting steps %" for title in blocks.values()),
-        title=f"{options.data}: test accuracy, mean ± std over {options.seeds} seeds",
-    )
+    title = f"{options.data}, {options.seeds} seeds: test accuracy in %, mean ± std"
+    accuracies = Table("", *heads.values(), title=title)
+    conflicts = Table("", *blocks.values(), title="Steps in conflict (cos < 0) in %")
     for method in METHODS:
         summaries = [comparison.summary(method, head) for head in heads]
-        shares = [comparison.conflicting(method, block) for block in blocks]
-        table.add_row(
-            method,
-            *(f"{middle:.2f} ± {spread:.2f}" for middle, spread in summaries),
-            *("" if share is None else f"{share:.0f}" for share in shares),
+        accuracies.add_row(
+            method, *(f"{middle:.2f} ± {spread:.2f}" for middle, spread in summaries)
         )
+        shares = [comparison.conflicting(method, block) for block in blocks]
+        if None not in shares:
+            conflicts.add_row(method, *(f"{share:.0f}" for share in shares))
     console = Console()
-    console.print(table)
+    console.print(accuracies, conflicts)
 
     options.output.mkdir(parents=True, exist_ok=True)
     path: Path = options.output / f"{name}_{options.data}"

@@ -117,12 +117,22 @@ class FlatBlock:
 
 def _gram(rows: Sequence[Tensor]) -> Tensor:
     chunk = BUCKET.get(rows[0].device.type, LARGE_BUCKET)
-    gram: Tensor | None = None
-    for pieces in zip(*(torch.split(row, chunk) for row in rows), strict=True):
-        exact = torch.stack(pieces).to(solver_dtype(rows[0]))
-        gram = exact @ exact.T if gram is None else gram.addmm_(exact, exact.T)
-    assert gram is not None
-    return gram
+    exact = solver_dtype(rows[0])
+    parts = [
+        _inner_products([piece.to(exact) for piece in pieces])
+        for pieces in zip(*(torch.split(row, chunk) for row in rows), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _inner_products(rows: list[Tensor]) -> Tensor:
+    if len(rows) == 2:  # three dot products take two thirds of the time of a matmul this flat
+        first, second = rows
+        cross = torch.dot(first, second)
+        entries = [torch.dot(first, first), cross, cross, torch.dot(second, second)]
+        return torch.stack(entries).view(2, 2)
+    matrix = torch.stack(rows)
+    return matrix @ matrix.T
 
 
 def _combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
