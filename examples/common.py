@@ -1,4 +1,4 @@
-"""What the examples share: digits, the four methods, training, the table and the options."""
+"""What the examples share: digits, the methods, training, the table and the options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,12 +25,22 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.optimizer import Integration
+
+GAMMA = 1.5
+
+
+def longer_sum(gram: Tensor) -> Tensor:
+    """A control: the plain sum times gamma, so that only the step is longer."""
+    return torch.full_like(gram[0], GAMMA)
+
 
 # The first trains the shared parts by the joint loss alone (the other heads read detached
 # features, so that they can be scored too); the others differ in how they integrate gradients.
-METHODS: dict[str, Literal["uniform", "pareto", "mmpareto"]] = {
+METHODS: dict[str, Integration] = {
     "one joint loss": "uniform",
     "uniform": "uniform",
+    "uniform x 1.5": longer_sum,
     "conventional Pareto": "pareto",
     "MMPareto": "mmpareto",
 }
@@ -170,7 +179,7 @@ def compare(
                 torch.manual_seed(seed)
                 model = make_model(method == JOINT)
                 sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-                optimizer = MMParetoOptimizer(sgd, integration=integration)
+                optimizer = MMParetoOptimizer(sgd, integration=integration, gamma=GAMMA)
                 steps = options.epochs * ceil(len(train_split) / BATCH_SIZE)
                 # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
                 schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)

@@ -2,8 +2,8 @@
 
 Each image overlays a digit at the top left with one at the bottom right; salt-and-pepper
 noise makes the right one harder (Wei & Hu 2024, the multi-task extension). Compares one joint
-loss (the pair as one of 100 classes), uniform, conventional Pareto and MMPareto; prints a
-table, saves the runs and a picture.
+loss (the pair as one of 100 classes), uniform (and uniform times MMPareto's gamma, as a
+control), conventional Pareto and MMPareto; prints a table, saves the runs and a picture.
 
     python multimnist.py
     python multimnist.py --data mnist --data-dir DIR

@@ -67,7 +67,7 @@ def _by_objectives(
     for position in positions:
         groups.setdefault(reach[position], []).append(position)
     groups.pop((), None)  # what no loss reaches stays as it is
-    return [("+".join(names), names, tuple(members)) for names, members in groups.items()]
+    return [("+".join(map(str, names)), names, tuple(members)) for names, members in groups.items()]
 
 
 def parameters_by_modality(groups: Any) -> Modalities:

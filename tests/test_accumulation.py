@@ -1,5 +1,6 @@
 """Several backward calls before zero_grad integrate the accumulated per-loss gradients."""
 
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -188,6 +189,23 @@ def test_gradients_that_somebody_kept_do_not_change_later() -> None:
         opt.zero_grad()
         opt.step(losses=model.losses(audio_visual_batch()))
     torch.testing.assert_close(kept, copied, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("end", ["step with losses", "step", "zero_grad"])
+def test_gradients_of_single_losses_do_not_outlive_the_step(end: str) -> None:
+    model = LateFusion()
+    opt = wrapped(model)
+    seen: list[weakref.ref[Tensor]] = []
+    weight = next(model.audio.parameters())
+    weight.register_hook(lambda gradient: seen.append(weakref.ref(gradient)))
+    losses = model.losses(audio_visual_batch())
+    if end == "step with losses":
+        opt.step(losses=losses)
+    else:
+        opt.backward(losses)
+        assert [reference() is not None for reference in seen] == [True, True]
+        opt.step() if end == "step" else opt.zero_grad()
+    assert [reference() for reference in seen] == [None, None]
 
 
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 2**31))

@@ -186,6 +186,22 @@ def test_a_loss_that_reaches_nothing_changes_nothing() -> None:
     assert stranger.grad is None
 
 
+def test_an_optimizer_of_frozen_parameters() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(sgd(model.audio.parameters()))
+    model.audio.requires_grad_(False)
+    opt.step(losses=model.losses(audio_visual_batch()))
+    assert_grads(model.audio.parameters(), [None] * 4)
+
+
+def test_names_of_losses_need_not_be_strings() -> None:
+    model = LateFusion()
+    losses: Any = dict(enumerate(model.losses(audio_visual_batch()).values()))
+    opt = MMParetoOptimizer(sgd(model.parameters()))
+    opt.step(losses=losses)
+    assert list(opt.stats) == ["0+1", "0+2"]
+
+
 def test_losses_that_reach_nothing_at_all() -> None:
     param, stranger = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))
     opt = MMParetoOptimizer(sgd([param]))

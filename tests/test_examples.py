@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEADS = {"colored_gray_digits": {"mm", "gray", "colour"}, "multimnist": {"left", "right"}}
-METHODS = {"one joint loss", "uniform", "conventional Pareto", "MMPareto"}
+METHODS = {"one joint loss", "uniform", "uniform x 1.5", "conventional Pareto", "MMPareto"}
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")

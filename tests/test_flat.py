@@ -54,6 +54,7 @@ CASES: dict[str, list[tuple[tuple[int, ...], torch.dtype]]] = {
         ((2, 2), torch.complex64),
         ((7,), torch.bfloat16),
     ],
+    "several buckets": [((200, 1000), torch.float32)] * 3 + [((300_000,), torch.float32)],
     "empty among others": [((0, 3), torch.float32), ((3,), torch.float32)],
 }
 
