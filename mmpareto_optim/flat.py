@@ -1,7 +1,6 @@
 """Gradients as flat rows: flatten, Gram matrix, combine, unflatten, a bucket at a time."""
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -189,18 +188,15 @@ class Bucket:
         ]
         return dict(zip(self.positions, views, strict=True))
 
-    @cached_property
-    def sizes(self) -> Tensor:
-        """How many numbers of a row belong to each parameter, shape ``(parameters,)``."""
-        return torch.tensor(self._sizes, device=self.device)
-
     def norms(self, row: Tensor) -> Tensor:
         """Norm of each parameter's part of a row, shape ``(parameters,)``."""
         return torch.stack(torch._foreach_norm(torch.split(row, self._sizes)))
 
     def spread(self, factors: Tensor) -> Tensor:
         """One factor for each parameter, repeated for each number of a row."""
-        return factors.repeat_interleave(self.sizes, output_size=sum(self._sizes))
+        # repeat_interleave would want the sizes on the device: a copy that waits for it.
+        pairs = zip(factors.unbind(), self._sizes, strict=True)
+        return torch.cat([factor.expand(size) for factor, size in pairs])
 
     def _flat_piece(self, gradient: Tensor | None, order: list[int] | None, size: int) -> Tensor:
         if gradient is None:
