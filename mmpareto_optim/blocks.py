@@ -91,6 +91,8 @@ def parameters_by_modality(groups: Any) -> Modalities:
             "param_groups_by_modality is empty: name at least one modality, or leave it out "
             "to have the blocks found from which losses reach which parameters"
         )
+    if len({str(name) for name in groups}) < len(groups):
+        raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
     modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
     owner: dict[Tensor, str] = {}
     for modality, params in modalities.items():

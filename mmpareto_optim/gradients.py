@@ -44,7 +44,8 @@ def gradients_of(
     """Differentiate each loss by the parameters.
 
     Args:
-        losses: scalars with a graph; the graphs are freed by the last one.
+        losses: scalars with a graph. What the first one reaches is freed; what only others
+            reach lives until the losses do not. Put the joint loss first.
         params: leaf tensors that require a gradient.
         describe: a parameter's name for error messages.
 
@@ -56,17 +57,20 @@ def gradients_of(
         RuntimeError: a loss's graph was freed before; names the loss.
         TypeError: a gradient is sparse; names the loss and the parameter.
     """
-    *_, last = losses
+    names = list(losses)
     found = {}
-    for name, loss in losses.items():
-        found[name] = _differentiate(name, loss, params, retain_graph=name != last)
+    # Backwards, because the pass that frees the graph should be the one that reaches most of
+    # it, and the joint loss is usually named first.
+    for name in reversed(names):
+        retain_graph = name != names[0]
+        found[name] = _differentiate(name, losses[name], params, retain_graph=retain_graph)
         for param, gradient in zip(params, found[name], strict=True):
             if gradient is not None and gradient.layout != torch.strided:
                 raise TypeError(
                     f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
                     "gradients can be integrated: build the embedding with sparse=False"
                 )
-    return found
+    return {name: found[name] for name in names}
 
 
 def _differentiate(

@@ -154,6 +154,11 @@ class MMParetoOptimizer(Optimizer):
             TypeError: both ``losses`` and ``closure``, or a base that cannot step without
                 a closure, given none; and whatever :meth:`backward` raises.
         """
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure must be callable, got {type(closure).__name__}: pass losses by name, as "
+                "in step(losses=...)"
+            )
         if losses is not None and closure is not None:
             raise TypeError("step() takes losses or a closure that returns them, not both")
         if param_groups_by_modality is not None and losses is None and closure is None:
@@ -177,12 +182,18 @@ class MMParetoOptimizer(Optimizer):
     ) -> None:
         """Leave the integrated gradients of the losses in ``.grad``, as ``backward`` does.
 
-        One backward pass a loss; the graphs are freed. Called again before
+        One backward pass a loss; the graph of the first is freed. Called again before
         ``zero_grad()`` or ``step()``, the gradients of each loss accumulate and their
-        sums are integrated: micro-batches give what one large batch gives.
+        sums are integrated: micro-batches give what one large batch gives, as long as nothing
+        else changes ``.grad`` in between. What does (clipping, another ``backward``) is added
+        to and not integrated again.
+
+        Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
+        tensor hooks once a loss and no post-accumulate-grad hooks, and does not see through
+        ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
 
         Args:
-            losses: scalars by name, each with a graph.
+            losses: scalars by name, each with a graph; the joint loss first.
             param_groups_by_modality: overrides that of the constructor.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     * Close to a Pareto-stationary point the min-norm point is the small difference of
       large vectors, and the stretch would blow its rounding error up to full size. The
       weights are therefore found for cosines smaller by ``m * eps``, which keeps
-      ``h . g_i >= 0`` true after rounding. Where no direction satisfies that (two
+      ``h . g_i >= 0`` true after rounding to ``eps``. Where no direction satisfies that (two
       gradients within ``2 sqrt(m * eps)`` radians of opposite: 0.001 in float32), none can
       be told from noise and the coefficients are zero, as for exactly opposite gradients.
 
@@ -71,7 +72,8 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
 
     Returns:
         Coefficients ``c`` of ``h = sum_i c_i g_i``, shape ``(..., m)``, on the Gram
-        matrix's device and in its dtype. Not finite where the Gram matrix is not.
+        matrix's device and in its dtype. Where the Gram matrix is not finite, neither is
+        the combination of its gradients.
 
     Raises:
         ValueError: ``gamma`` is not positive and finite, or ``gram`` is not a stack of
@@ -116,7 +118,7 @@ def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
 
 def check_gamma(gamma: float) -> None:
     """Raise unless ``gamma`` is a positive, finite number."""
-    if not (isinstance(gamma, int | float) and 0 < gamma < math.inf):
+    if not (isinstance(gamma, Real) and 0 < gamma < math.inf):
         raise ValueError(f"gamma must be a positive, finite number, got {gamma!r}")
 
 

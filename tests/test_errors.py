@@ -84,6 +84,11 @@ def test_a_graph_that_was_freed(freed: str) -> None:
 MODALITIES: dict[str, tuple[Callable[[LateFusion], Any], type[Exception], str]] = {
     "not a mapping": (lambda m: [m.audio], TypeError, "must be a mapping.*got list"),
     "empty": (lambda m: {}, ValueError, "param_groups_by_modality is empty"),
+    "named alike": (
+        lambda m: {1: m.audio, "1": m.visual},
+        ValueError,
+        "two modalities have the same name",
+    ),
     "without parameters": (
         lambda m: {"audio": nn.ReLU()},
         ValueError,
@@ -181,6 +186,8 @@ def test_losses_and_a_closure() -> None:
     trained = Trained()
     with pytest.raises(TypeError, match=r"losses or a closure.*not both"):
         trained.opt.step(lambda: trained.losses(), losses=trained.losses())  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"got dict: pass losses by name.*step\(losses=\.\.\.\)"):
+        trained.opt.step(trained.losses())  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="only with losses or a closure"):
         trained.opt.step(param_groups_by_modality={"audio": trained.model.audio})
     assert all(a.equal(b) for a, b in zip(trained.before, trained.snapshot(), strict=True))
