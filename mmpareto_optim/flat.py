@@ -8,10 +8,10 @@ from torch import Tensor
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.solver import solver_dtype
 
-BUCKET = {"cpu": 2**18}
-"""Elements of a bucket by device type: on the CPU what a core's cache holds."""
-LARGE_BUCKET = 2**22
-"""Elements of a bucket elsewhere, where launching a kernel costs more than memory does."""
+
+def bucket_size(device: torch.device) -> int:
+    """Elements of a bucket: what a core's cache holds, or, elsewhere, worth a kernel launch."""
+    return 2**18 if device.type == "cpu" else 2**22
 
 
 class FlatBlock:
@@ -115,7 +115,7 @@ class FlatBlock:
 
 
 def _gram(rows: Sequence[Tensor]) -> Tensor:
-    chunk = BUCKET.get(rows[0].device.type, LARGE_BUCKET)
+    chunk = bucket_size(rows[0].device)
     exact = solver_dtype(rows[0])
     parts = [
         _inner_products([piece.to(exact) for piece in pieces])
@@ -215,9 +215,8 @@ def buckets_of(params: Sequence[Tensor], positions: Iterable[int]) -> list[Bucke
     for position in positions:
         param = params[position]
         kind = (param.device, param.dtype)
-        limit = BUCKET.get(param.device.type, LARGE_BUCKET)
         members, size = open_buckets.get(kind, ([], 0))
-        if members and size + param.numel() > limit:
+        if members and size + param.numel() > bucket_size(param.device):
             closed.append(members)
             members, size = [], 0
         members.append(position)

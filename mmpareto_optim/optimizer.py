@@ -310,12 +310,13 @@ class MMParetoOptimizer(Optimizer):
     ) -> None:
         check_losses(losses)
         _check_one_process()
+        held = self._held()
         modalities = self._modalities
         if param_groups_by_modality is not None:
             modalities = parameters_by_modality(param_groups_by_modality)
         if modalities is not None:
-            check_held(modalities, self._held())
-        params = [param for param in self._held() if param.requires_grad]
+            check_held(modalities, held)
+        params = [param for param in held if param.requires_grad]
         gradients = gradients_of(losses, params, self._describe)
         with torch.no_grad():
             window = Window(params, gradients)
