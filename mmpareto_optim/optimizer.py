@@ -10,27 +10,18 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mmpareto_optim.blocks import (
-    Block,
     Modalities,
     blocks_by_modality,
     blocks_by_reach,
     check_held,
     parameters_by_modality,
 )
-from mmpareto_optim.flat import FlatBlock
 from mmpareto_optim.gradients import check_losses, gradients_of
-from mmpareto_optim.rules import (
-    Rule,
-    check_gamma,
-    mmpareto_coefficients,
-    pareto_coefficients,
-    uniform_coefficients,
-    unstretched_coefficients,
-)
+from mmpareto_optim.integration import Integration, Method, integrate
+from mmpareto_optim.rules import check_gamma
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.window import Window
 
-Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
 Losses = Mapping[str, Tensor]
 
 
@@ -336,48 +327,11 @@ class MMParetoOptimizer(Optimizer):
             blocks = blocks_by_reach(reach)
         else:
             blocks = blocks_by_modality(reach, window.params, modalities, window.rows)
-        stats: dict[str, BlockStats] = {}
-        grads: dict[int, Tensor] = {}
-        for block in blocks:
-            rows = [window.rows[name] for name in block.objectives]
-            flat = FlatBlock(window.params, block.positions, rows, keep=keep)
-            if block.integrated:
-                combined, stats[block.name] = self._combined(block, flat)
-                grads |= combined
-            else:
-                grads |= flat.sum()
-        for position, grad in grads.items():
-            window.write(position, grad)
+        method = Method(self.integration, self.gamma, self.rescale)
+        gradients, stats = integrate(blocks, window.params, window.rows, method, keep=keep)
+        for position, gradient in gradients.items():
+            window.write(position, gradient)
         return stats
-
-    def _combined(self, block: Block, flat: FlatBlock) -> tuple[dict[int, Tensor], BlockStats]:
-        gram = flat.gram()
-        coefficients = self._coefficients(block, gram, flat.dtype)
-        if self.integration == "mmpareto" and self.rescale == "tensor":
-            combined, stretch = flat.combine_and_stretch(coefficients, self.gamma)
-        else:
-            combined, stretch = flat.combine(coefficients), None
-        gamma = self.gamma if self.integration == "mmpareto" else 1.0
-        return combined, BlockStats(block.objectives, gram, coefficients, gamma, stretch)
-
-    def _coefficients(self, block: Block, gram: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.integration == "uniform":
-            return uniform_coefficients(gram)
-        if self.integration == "pareto":
-            return pareto_coefficients(gram)
-        if self.integration == "mmpareto":
-            if self.rescale == "tensor":
-                return unstretched_coefficients(gram, self.gamma)
-            return mmpareto_coefficients(gram, self.gamma, eps=torch.finfo(dtype).eps)
-        coefficients = self.integration(gram.to(dtype))
-        expected = (len(block.objectives),)
-        if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
-            found = getattr(coefficients, "shape", type(coefficients).__name__)
-            raise ValueError(
-                f"the integration function must return coefficients of shape {expected} for "
-                f"block {block.name!r} of objectives {block.objectives}, got {found}"
-            )
-        return coefficients
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None

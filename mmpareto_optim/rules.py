@@ -84,6 +84,31 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     check_gamma(gamma)
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
     products = gram.to(solver_dtype(gram))
+    common = _common_of_two if gram.shape[-1] == 2 else _common_of_many
+    conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
+    return (gamma * torch.where(conflict, common(products, eps), 1.0)).to(gram.dtype)
+
+
+def _common_of_two(products: Tensor, eps: float) -> Tensor:
+    """:func:`_common_of_many` in closed form, for two gradients in conflict."""
+    squares = products.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+    cross = products[..., 0, 1:]
+    error = 2 * eps
+    bound = squares.sqrt().prod(-1, keepdim=True)
+    # The projection of the origin on the segment between them, each cosine less the error. In
+    # conflict it falls between the ends, and has no positive product with them just where
+    # the two are closer to opposite than the error.
+    shares = squares.flip(-1) * (1 - error) - cross + error * bound
+    alpha = shares / shares.sum(-1, keepdim=True)
+    lost = (1 - 2 * error) * bound + cross < 0
+    square = (squares * alpha.square()).sum(-1, keepdim=True) + 2 * cross * alpha.prod(
+        -1, keepdim=True
+    )
+    return _stretched(2 * alpha, 2 * square.clamp(min=0).sqrt(), products, lost)
+
+
+def _common_of_many(products: Tensor, eps: float) -> Tensor:
+    """Coefficients of the min-norm direction, at least as long as the sum of the gradients."""
     lengths = products.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     # Every cosine less the rounding error of h . g_i: what holds for these holds for h as
     # it will be computed.
@@ -91,16 +116,15 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     pessimistic = products - error
     alpha = _weights_of_nonzero(pessimistic)
     lost = ((pessimistic @ alpha.unsqueeze(-1)) < 0).squeeze(-1).any(-1, keepdim=True)
-
     scale = (lengths > 0).sum(-1, keepdim=True)
     square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
-    length = scale * square.clamp(min=0).sqrt()
+    return _stretched(scale * alpha, scale * square.clamp(min=0).sqrt(), products, lost)
+
+
+def _stretched(coefficients: Tensor, length: Tensor, products: Tensor, lost: Tensor) -> Tensor:
     sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
     stretch = torch.where(sum_length > length, sum_length / length, 1.0)
-    common = torch.where(lost, 0.0, scale * alpha * stretch)
-
-    conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
-    return (gamma * torch.where(conflict, common, 1.0)).to(gram.dtype)
+    return torch.where(lost, 0.0, coefficients * stretch)
 
 
 def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:

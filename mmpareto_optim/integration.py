@@ -1,0 +1,121 @@
+"""From several gradients for each parameter to one: blocks, coefficients, combination."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.blocks import Block
+from mmpareto_optim.flat import FlatBlock
+from mmpareto_optim.gradients import Gradient
+from mmpareto_optim.rules import (
+    Rule,
+    mmpareto_coefficients,
+    pareto_coefficients,
+    uniform_coefficients,
+    unstretched_coefficients,
+)
+from mmpareto_optim.stats import BlockStats
+
+Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
+
+
+@dataclass(frozen=True)
+class Method:
+    """How gradients are integrated; see :class:`MMParetoOptimizer` for the fields."""
+
+    integration: Integration
+    gamma: float
+    rescale: Literal["encoder", "tensor"]
+
+
+def integrate(
+    blocks: Sequence[Block],
+    params: Sequence[Tensor],
+    rows: Mapping[str, Gradient],
+    method: Method,
+    *,
+    keep: bool,
+) -> tuple[dict[int, Tensor], dict[str, BlockStats]]:
+    """One gradient for each parameter that is in a block.
+
+    Args:
+        blocks: groups of parameters.
+        params: all parameters, which the positions of a block count.
+        rows: for each objective its gradient, one tensor or None for each of ``params``.
+        method: how the blocks that are to be integrated are; the others' rows are added.
+        keep: whether ``rows`` are needed afterwards; otherwise they are emptied.
+
+    Returns:
+        By position one new tensor in the parameter's shape, and by name what was seen of
+        each integrated block.
+
+    Raises:
+        ValueError: an integration function of the user's returns another shape.
+    """
+    flats = {
+        block: FlatBlock(params, block.positions, [rows[n] for n in block.objectives], keep=keep)
+        for block in blocks
+    }
+    grams = {block: flats[block].gram() for block in blocks if block.integrated}
+    coefficients = _coefficients(method, flats, grams)
+    gradients: dict[int, Tensor] = {}
+    stats: dict[str, BlockStats] = {}
+    for block, flat in flats.items():
+        if not block.integrated:
+            gradients |= flat.sum()
+            continue
+        factors, stretch = coefficients[block], None
+        if method.integration == "mmpareto" and method.rescale == "tensor":
+            combined, stretch = flat.combine_and_stretch(factors, method.gamma)
+        else:
+            combined = flat.combine(factors)
+        gradients |= combined
+        gamma = method.gamma if method.integration == "mmpareto" else 1.0
+        stats[block.name] = BlockStats(block.objectives, grams[block], factors, gamma, stretch)
+    return gradients, stats
+
+
+def _coefficients(
+    method: Method, flats: Mapping[Block, FlatBlock], grams: Mapping[Block, Tensor]
+) -> dict[Block, Tensor]:
+    if callable(method.integration):
+        return {
+            block: _of_users_rule(method.integration, block, gram.to(flats[block].dtype))
+            for block, gram in grams.items()
+        }
+    # Blocks of the same kind are solved together: a rule is many small operations.
+    alike: dict[tuple[int, torch.device, torch.dtype], list[Block]] = {}
+    for block, gram in grams.items():
+        kind = (len(block.objectives), gram.device, flats[block].dtype)
+        alike.setdefault(kind, []).append(block)
+    coefficients: dict[Block, Tensor] = {}
+    for (_, _, dtype), members in alike.items():
+        batch = torch.stack([grams[block] for block in members])
+        solved = _of_method(method, batch, torch.finfo(dtype).eps).unbind()
+        coefficients |= dict(zip(members, solved, strict=True))
+    return coefficients
+
+
+def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
+    if method.integration == "uniform":
+        return uniform_coefficients(grams)
+    if method.integration == "pareto":
+        return pareto_coefficients(grams)
+    if method.rescale == "tensor":
+        return unstretched_coefficients(grams, method.gamma)
+    return mmpareto_coefficients(grams, method.gamma, eps=eps)
+
+
+def _of_users_rule(rule: Rule, block: Block, gram: Tensor) -> Tensor:
+    coefficients = rule(gram)
+    expected = (len(block.objectives),)
+    if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
+        found = getattr(coefficients, "shape", type(coefficients).__name__)
+        raise ValueError(
+            f"the integration function must return coefficients of shape {expected} for "
+            f"block {block.name!r} of objectives {block.objectives}, got {found}"
+        )
+    return coefficients
