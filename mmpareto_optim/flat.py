@@ -1,9 +1,12 @@
 """Gradients as flat rows: flatten, Gram matrix, combine, unflatten, a bucket at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.solver import solver_dtype
@@ -18,24 +21,16 @@ class FlatBlock:
     """The gradients of one block, a row for each objective, flattened a bucket at a time.
 
     Args:
-        params: all parameters.
-        positions: which of them make the block.
-        rows: for each objective its gradient, one tensor or None for each of ``params``.
-        keep: whether ``rows`` are needed afterwards; otherwise they are emptied bucket by
-            bucket as they are combined, so that their memory serves the result.
+        params: the parameters of the block.
+        rows: for each objective its gradient, one tensor or None for each parameter. Emptied
+            bucket by bucket as they are combined, so that their memory serves the result.
     """
 
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        positions: Sequence[int],
-        rows: Sequence[Gradient],
-        *,
-        keep: bool,
-    ) -> None:
+    def __init__(self, params: Sequence[Tensor], rows: Sequence[Gradient]) -> None:
         self._rows = rows
-        self._keep = keep
-        self._buckets = buckets_of(params, positions)
+        self._buckets = _buckets_of(
+            tuple(_Kind(p.shape, p.stride(), p.dtype, p.device) for p in params)
+        )
         self._flat: list[Tensor] | None = None
 
     @property
@@ -57,45 +52,37 @@ class FlatBlock:
         assert gram is not None
         return gram
 
-    def sum(self) -> dict[int, Tensor]:
-        """The sum of the rows: by position one new tensor, in the parameter's shape."""
-        total: dict[int, Tensor] = {}
-        for bucket in self._buckets:
-            row = bucket.flatten(self._rows[0], copy=True)
-            for other in self._rows[1:]:
-                row += bucket.flatten(other)
-            total |= bucket.unflatten(row)
-            self._release(bucket)
-        return total
+    def sum(self) -> list[Tensor]:
+        """The sum of the rows: one new tensor for each parameter, in its shape."""
+        return self._in_order(self._sum(bucket) for bucket in self._buckets)
 
-    def combine(self, coefficients: Tensor) -> dict[int, Tensor]:
+    def combine(self, coefficients: Tensor) -> list[Tensor]:
         """``sum_i c_i row_i``, as :meth:`sum`; ``coefficients`` has shape ``(rows,)``."""
-        combined: dict[int, Tensor] = {}
-        for bucket in self._buckets:
-            combined |= bucket.unflatten(_combine(self._flatten(bucket), coefficients))
-            self._release(bucket)
-        return combined
+        return self._in_order(
+            _combine(self._flatten(bucket), coefficients) for bucket in self._buckets
+        )
 
     def combine_and_stretch(
         self, coefficients: Tensor, gamma: float
-    ) -> tuple[dict[int, Tensor], Tensor]:
+    ) -> tuple[list[Tensor], Tensor]:
         """:meth:`combine`, each tensor stretched to at least gamma times the norm of the sum.
 
         Returns:
-            The tensors by position, and the factors that they were multiplied by.
+            The tensors, and the factors that they were multiplied by.
         """
-        combined: dict[int, Tensor] = {}
         factors = []
-        for bucket in self._buckets:
-            rows = self._flatten(bucket)
-            result = _combine(rows, coefficients)
-            plain_sum = _combine(rows, torch.ones_like(coefficients))
-            stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
-            stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
-            combined |= bucket.unflatten(result * bucket.spread(stretch))
-            factors.append(stretch.to(coefficients.device, non_blocking=True))
-            self._release(bucket)
-        return combined, torch.cat(factors)
+
+        def stretched() -> Iterator[Tensor]:
+            for bucket in self._buckets:
+                rows = self._flatten(bucket)
+                result = _combine(rows, coefficients)
+                plain_sum = _combine(rows, torch.ones_like(coefficients))
+                stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
+                stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
+                factors.append(stretch.to(coefficients.device, non_blocking=True))
+                yield result * bucket.spread(stretch)
+
+        return self._in_order(stretched()), torch.cat(factors)
 
     def _flatten(self, bucket: "Bucket") -> list[Tensor]:
         if self._flat is not None:
@@ -106,12 +93,22 @@ class FlatBlock:
             self._flat = flat
         return flat
 
-    def _release(self, bucket: "Bucket") -> None:
-        if self._keep:
-            return
-        for row in self._rows:
-            for position in bucket.positions:
-                row[position] = None
+    def _sum(self, bucket: "Bucket") -> Tensor:
+        total = bucket.flatten(self._rows[0], copy=True)
+        for row in self._rows[1:]:
+            total += bucket.flatten(row)
+        return total
+
+    def _in_order(self, results: Iterator[Tensor]) -> list[Tensor]:
+        """Unflatten a result for each bucket, and let go of what it was made of."""
+        found: dict[int, Tensor] = {}
+        for bucket, result in zip(self._buckets, results, strict=True):
+            found.update(zip(bucket.positions, bucket.unflatten(result), strict=True))
+            for row in self._rows:
+                for position in bucket.positions:
+                    row[position] = None
+        self._flat = None
+        return [found[position] for position in range(len(found))]
 
 
 def _gram(rows: Sequence[Tensor]) -> Tensor:
@@ -119,7 +116,7 @@ def _gram(rows: Sequence[Tensor]) -> Tensor:
     exact = solver_dtype(rows[0])
     parts = [
         _inner_products([piece.to(exact) for piece in pieces])
-        for pieces in zip(*(torch.split(row, chunk) for row in rows), strict=True)
+        for pieces in zip(*(row.split(chunk) for row in rows), strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -144,6 +141,15 @@ def _combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
     return total
 
 
+class _Kind(NamedTuple):
+    """All that flattening needs to know of a parameter."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Bucket:
     """Parameters of one device and dtype whose gradients are handled as one flat vector.
 
@@ -151,92 +157,93 @@ class Bucket:
     count as pairs of real ones.
 
     Args:
-        positions: where the parameters stand in the list of all parameters.
-        params: the parameters.
+        positions: where the parameters stand in their block.
+        kinds: what they are.
     """
 
-    def __init__(self, positions: list[int], params: list[Tensor]) -> None:
+    def __init__(self, positions: Sequence[int], kinds: Sequence[_Kind]) -> None:
         self.positions = positions
-        self.device = params[0].device
-        self._dtype = params[0].dtype.to_real()
+        self._device = kinds[0].device
+        self._dtype = kinds[0].dtype.to_real()
         self.dtype = torch.promote_types(self._dtype, torch.float32)
-        self._complex = params[0].is_complex()
-        self._sizes = [_real_numbers(param) for param in params]
-        self._orders = [_memory_order(param) for param in params]
-        self._shapes = [param.shape for param in params]
+        self._complex = kinds[0].dtype.is_complex
+        likes = [
+            torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device="meta")
+            for kind in kinds
+        ]
+        self._orders = [_memory_order(like) for like in likes]
+        # The shapes of what a row is made of: real tensors, contiguous in memory.
+        self._pieces = [
+            self._arranged(like, order) for like, order in zip(likes, self._orders, strict=True)
+        ]
 
-    def flatten(self, gradient: Sequence[Tensor | None], *, copy: bool = False) -> Tensor:
+    def flatten(self, gradient: Gradient, *, copy: bool = False) -> Tensor:
         """The gradients of the bucket's parameters as one row; zeros for None.
 
         Without ``copy`` the row may be a view of the gradient: it is to be read, not written.
         """
         pieces = [
-            self._flat_piece(gradient[position], order, size)
-            for position, order, size in zip(self.positions, self._orders, self._sizes, strict=True)
+            self._piece(gradient[position], index) for index, position in enumerate(self.positions)
         ]
-        row = torch.cat(pieces) if copy or len(pieces) > 1 else pieces[0]
+        if len(pieces) == 1:
+            return pieces[0].reshape(-1).to(self.dtype, copy=copy)
+        row: Tensor = _flatten_dense_tensors(pieces)
         return row.to(self.dtype)
 
-    def unflatten(self, row: Tensor) -> dict[int, Tensor]:
-        """By position the views of a row in the parameters' shapes, dtype and memory formats."""
-        pieces: Iterable[Tensor] = torch.split(row.to(self._dtype), self._sizes)
-        if self._complex:
-            pieces = [torch.view_as_complex(piece.view(-1, 2)) for piece in pieces]
-        views = [
-            piece.view(shape) if order is None else _in_memory_order(piece, shape, order)
-            for piece, shape, order in zip(pieces, self._shapes, self._orders, strict=True)
-        ]
-        return dict(zip(self.positions, views, strict=True))
+    def unflatten(self, row: Tensor) -> list[Tensor]:
+        """Views of a row in the parameters' shapes, dtype and memory formats."""
+        pieces = _unflatten_dense_tensors(row.to(self._dtype), self._pieces)
+        return list(map(self._restored, pieces, self._orders))
 
     def norms(self, row: Tensor) -> Tensor:
         """Norm of each parameter's part of a row, shape ``(parameters,)``."""
-        return torch.stack(torch._foreach_norm(torch.split(row, self._sizes)))
+        return torch.stack(torch._foreach_norm(_unflatten_dense_tensors(row, self._pieces)))
 
     def spread(self, factors: Tensor) -> Tensor:
         """One factor for each parameter, repeated for each number of a row."""
         # repeat_interleave would want the sizes on the device: a copy that waits for it.
-        pairs = zip(factors.unbind(), self._sizes, strict=True)
-        return torch.cat([factor.expand(size) for factor, size in pairs])
+        pairs = zip(factors.unbind(), self._pieces, strict=True)
+        return torch.cat([factor.expand(piece.numel()) for factor, piece in pairs])
 
-    def _flat_piece(self, gradient: Tensor | None, order: list[int] | None, size: int) -> Tensor:
+    def _piece(self, gradient: Tensor | None, index: int) -> Tensor:
         if gradient is None:
-            return torch.zeros(size, dtype=self._dtype, device=self.device)
+            shape = self._pieces[index].shape
+            return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        return self._arranged(gradient, self._orders[index])
+
+    def _arranged(self, tensor: Tensor, order: list[int] | None) -> Tensor:
         if order is not None:
-            gradient = gradient.permute(order)
+            tensor = tensor.permute(order)
+        return torch.view_as_real(tensor.resolve_conj()) if self._complex else tensor
+
+    def _restored(self, piece: Tensor, order: list[int] | None) -> Tensor:
         if self._complex:
-            gradient = torch.view_as_real(gradient.resolve_conj())
-        return gradient.reshape(-1)
+            piece = torch.view_as_complex(piece)
+        if order is not None:
+            piece = piece.permute([order.index(dimension) for dimension in range(len(order))])
+        return piece
 
 
-def buckets_of(params: Sequence[Tensor], positions: Iterable[int]) -> list[Bucket]:
-    """Divide parameters into buckets of one device and dtype and of limited size."""
+@lru_cache(maxsize=1024)
+def _buckets_of(kinds: tuple[_Kind, ...]) -> list[Bucket]:
+    """Divide a block's parameters into buckets of one device and dtype and of limited size."""
     open_buckets: dict[tuple[torch.device, torch.dtype], tuple[list[int], int]] = {}
     closed: list[list[int]] = []
-    for position in positions:
-        param = params[position]
-        kind = (param.device, param.dtype)
-        members, size = open_buckets.get(kind, ([], 0))
-        if members and size + param.numel() > bucket_size(param.device):
+    for position, kind in enumerate(kinds):
+        key, elements = (kind.device, kind.dtype), kind.shape.numel()
+        members, size = open_buckets.get(key, ([], 0))
+        if members and size + elements > bucket_size(kind.device):
             closed.append(members)
             members, size = [], 0
         members.append(position)
-        open_buckets[kind] = (members, size + param.numel())
+        open_buckets[key] = (members, size + elements)
     closed += [members for members, _ in open_buckets.values()]
-    return [Bucket(members, [params[position] for position in members]) for members in closed]
+    return [Bucket(members, [kinds[position] for position in members]) for members in closed]
 
 
-def _real_numbers(param: Tensor) -> int:
-    return param.numel() * (2 if param.is_complex() else 1)
-
-
-def _memory_order(param: Tensor) -> list[int] | None:
+def _memory_order(like: Tensor) -> list[int] | None:
     """Dimensions of a dense parameter from the slowest to the fastest; None if contiguous."""
-    if param.is_contiguous():
+    if like.is_contiguous():
         return None
-    strides = torch.empty_like(param, device="meta").stride()
-    return sorted(range(param.ndim), key=lambda dimension: -strides[dimension])
-
-
-def _in_memory_order(piece: Tensor, shape: Sequence[int], order: list[int]) -> Tensor:
-    back = [order.index(dimension) for dimension in range(len(order))]
-    return piece.view([shape[dimension] for dimension in order]).permute(back)
+    strides = torch.empty_like(like).stride()
+    return sorted(range(like.ndim), key=lambda dimension: -strides[dimension])

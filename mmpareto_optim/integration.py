@@ -55,27 +55,36 @@ def integrate(
     Raises:
         ValueError: an integration function of the user's returns another shape.
     """
-    flats = {
-        block: FlatBlock(params, block.positions, [rows[n] for n in block.objectives], keep=keep)
-        for block in blocks
-    }
+    flats = {block: _flat(block, params, rows, keep=keep) for block in blocks}
     grams = {block: flats[block].gram() for block in blocks if block.integrated}
     coefficients = _coefficients(method, flats, grams)
     gradients: dict[int, Tensor] = {}
     stats: dict[str, BlockStats] = {}
     for block, flat in flats.items():
         if not block.integrated:
-            gradients |= flat.sum()
+            gradients.update(zip(block.positions, flat.sum(), strict=True))
             continue
         factors, stretch = coefficients[block], None
         if method.integration == "mmpareto" and method.rescale == "tensor":
             combined, stretch = flat.combine_and_stretch(factors, method.gamma)
         else:
             combined = flat.combine(factors)
-        gradients |= combined
+        gradients.update(zip(block.positions, combined, strict=True))
         gamma = method.gamma if method.integration == "mmpareto" else 1.0
         stats[block.name] = BlockStats(block.objectives, grams[block], factors, gamma, stretch)
     return gradients, stats
+
+
+def _flat(
+    block: Block, params: Sequence[Tensor], rows: Mapping[str, Gradient], *, keep: bool
+) -> FlatBlock:
+    positions = block.positions
+    taken = [[rows[name][position] for position in positions] for name in block.objectives]
+    if not keep:
+        for name in block.objectives:
+            for position in positions:
+                rows[name][position] = None
+    return FlatBlock([params[position] for position in positions], taken)
 
 
 def _coefficients(

@@ -86,25 +86,32 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     products = gram.to(solver_dtype(gram))
     common = _common_of_two if gram.shape[-1] == 2 else _common_of_many
     conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
-    return (gamma * torch.where(conflict, common(products, eps), 1.0)).to(gram.dtype)
+    return (gamma * common(products, eps).masked_fill(~conflict, 1.0)).to(gram.dtype)
 
 
 def _common_of_two(products: Tensor, eps: float) -> Tensor:
-    """:func:`_common_of_many` in closed form, for two gradients in conflict."""
-    squares = products.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-    cross = products[..., 0, 1:]
+    """:func:`_common_of_many` in closed form, for two gradients in conflict.
+
+    Few operations, one number of each matrix at a time: of a small model's step they are a
+    good part.
+    """
+    first, cross, _, second = products.flatten(-2).unbind(-1)
     error = 2 * eps
-    bound = squares.sqrt().prod(-1, keepdim=True)
-    # The projection of the origin on the segment between them, each cosine less the error. In
-    # conflict it falls between the ends, and has no positive product with them just where
+    bound = first.sqrt() * second.sqrt()
+    # The projection of the origin on the segment between the two, each cosine less the error.
+    # In conflict it falls between the ends, and has no positive product with them just where
     # the two are closer to opposite than the error.
-    shares = squares.flip(-1) * (1 - error) - cross + error * bound
-    alpha = shares / shares.sum(-1, keepdim=True)
+    opposed = error * bound - cross
+    shares = opposed + (1 - error) * second, opposed + (1 - error) * first
+    total = shares[0] + shares[1]
+    alpha, beta = shares[0] / total, shares[1] / total
     lost = (1 - 2 * error) * bound + cross < 0
-    square = (squares * alpha.square()).sum(-1, keepdim=True) + 2 * cross * alpha.prod(
-        -1, keepdim=True
-    )
-    return _stretched(2 * alpha, 2 * square.clamp(min=0).sqrt(), products, lost)
+
+    square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
+    sum_square = (first + second + 2 * cross).clamp(min=0)
+    smallest = torch.finfo(square.dtype).tiny
+    scale = (sum_square / square.clamp(min=smallest)).sqrt().clamp(min=2).masked_fill(lost, 0)
+    return torch.stack([scale * alpha, scale * beta], dim=-1)
 
 
 def _common_of_many(products: Tensor, eps: float) -> Tensor:
@@ -116,15 +123,13 @@ def _common_of_many(products: Tensor, eps: float) -> Tensor:
     pessimistic = products - error
     alpha = _weights_of_nonzero(pessimistic)
     lost = ((pessimistic @ alpha.unsqueeze(-1)) < 0).squeeze(-1).any(-1, keepdim=True)
+
     scale = (lengths > 0).sum(-1, keepdim=True)
     square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
-    return _stretched(scale * alpha, scale * square.clamp(min=0).sqrt(), products, lost)
-
-
-def _stretched(coefficients: Tensor, length: Tensor, products: Tensor, lost: Tensor) -> Tensor:
+    length = scale * square.clamp(min=0).sqrt()
     sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
     stretch = torch.where(sum_length > length, sum_length / length, 1.0)
-    return torch.where(lost, 0.0, coefficients * stretch)
+    return torch.where(lost, 0.0, scale * alpha * stretch)
 
 
 def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
