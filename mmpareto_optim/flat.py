@@ -112,13 +112,14 @@ class FlatBlock:
 
 
 def _gram(rows: Sequence[Tensor]) -> Tensor:
-    chunk = bucket_size(rows[0].device)
-    exact = solver_dtype(rows[0])
+    chunk, exact = bucket_size(rows[0].device), solver_dtype(rows[0])
+    if rows[0].numel() <= chunk:
+        return _inner_products([row.to(exact) for row in rows])
     parts = [
         _inner_products([piece.to(exact) for piece in pieces])
         for pieces in zip(*(row.split(chunk) for row in rows), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return torch.stack(parts).sum(0)
 
 
 def _inner_products(rows: list[Tensor]) -> Tensor:
@@ -187,12 +188,11 @@ class Bucket:
         ]
         if len(pieces) == 1:
             return pieces[0].reshape(-1).to(self.dtype, copy=copy)
-        row: Tensor = _flatten_dense_tensors(pieces)
-        return row.to(self.dtype)
+        return _cast(_flatten_dense_tensors(pieces), self.dtype)
 
     def unflatten(self, row: Tensor) -> list[Tensor]:
         """Views of a row in the parameters' shapes, dtype and memory formats."""
-        pieces = _unflatten_dense_tensors(row.to(self._dtype), self._pieces)
+        pieces = _unflatten_dense_tensors(_cast(row, self._dtype), self._pieces)
         return list(map(self._restored, pieces, self._orders))
 
     def norms(self, row: Tensor) -> Tensor:
@@ -239,6 +239,10 @@ def _buckets_of(kinds: tuple[_Kind, ...]) -> list[Bucket]:
         open_buckets[key] = (members, size + elements)
     closed += [members for members, _ in open_buckets.values()]
     return [Bucket(members, [kinds[position] for position in members]) for members in closed]
+
+
+def _cast(row: Tensor, dtype: torch.dtype) -> Tensor:
+    return row if row.dtype == dtype else row.to(dtype)
 
 
 def _memory_order(like: Tensor) -> list[int] | None:

@@ -55,10 +55,14 @@ def integrate(
     Raises:
         ValueError: an integration function of the user's returns another shape.
     """
-    flats = {block: _flat(block, params, rows, keep=keep) for block in blocks}
+    gradients = _of_one_objective(blocks, params, rows, keep=keep)
+    flats: dict[Block, FlatBlock] = {}
+    for block in blocks:
+        if len(block.objectives) > 1:
+            taken = [_take(rows[name], block.positions, keep=keep) for name in block.objectives]
+            flats[block] = FlatBlock([params[position] for position in block.positions], taken)
     grams = {block: flats[block].gram() for block in blocks if block.integrated}
     coefficients = _coefficients(method, flats, grams)
-    gradients: dict[int, Tensor] = {}
     stats: dict[str, BlockStats] = {}
     for block, flat in flats.items():
         if not block.integrated:
@@ -75,16 +79,26 @@ def integrate(
     return gradients, stats
 
 
-def _flat(
-    block: Block, params: Sequence[Tensor], rows: Mapping[str, Gradient], *, keep: bool
-) -> FlatBlock:
-    positions = block.positions
-    taken = [[rows[name][position] for position in positions] for name in block.objectives]
+def _of_one_objective(
+    blocks: Sequence[Block], params: Sequence[Tensor], rows: Mapping[str, Gradient], *, keep: bool
+) -> dict[int, Tensor]:
+    """The gradients of all blocks that have one, copied together."""
+    positions: list[int] = []
+    gradient: Gradient = []
+    for block in blocks:
+        if len(block.objectives) == 1:
+            positions += block.positions
+            gradient += _take(rows[block.objectives[0]], block.positions, keep=keep)
+    copies = FlatBlock([params[position] for position in positions], [gradient]).sum()
+    return dict(zip(positions, copies, strict=True))
+
+
+def _take(row: Gradient, positions: Sequence[int], *, keep: bool) -> Gradient:
+    taken = [row[position] for position in positions]
     if not keep:
-        for name in block.objectives:
-            for position in positions:
-                rows[name][position] = None
-    return FlatBlock([params[position] for position in positions], taken)
+        for position in positions:
+            row[position] = None
+    return taken
 
 
 def _coefficients(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -154,7 +155,7 @@ class MMParetoOptimizer(Optimizer):
             raise TypeError("step() takes losses or a closure that returns them, not both")
         if param_groups_by_modality is not None and losses is None and closure is None:
             raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
-        if closure is None and _needs_closure(self.optimizer):
+        if closure is None and _needs_closure(type(self.optimizer).step):
             raise TypeError(
                 f"{type(self.optimizer).__name__} evaluates the losses more than once in a step: "
                 "call step(closure) with a closure that returns the mapping of losses"
@@ -376,6 +377,7 @@ def _check_one_process() -> None:
         )
 
 
-def _needs_closure(optimizer: Optimizer) -> bool:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+@cache
+def _needs_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty

@@ -101,14 +101,15 @@ def _common_of_two(products: Tensor, eps: float) -> Tensor:
     # The projection of the origin on the segment between the two, each cosine less the error.
     # In conflict it falls between the ends, and has no positive product with them just where
     # the two are closer to opposite than the error.
-    opposed = error * bound - cross
-    shares = opposed + (1 - error) * second, opposed + (1 - error) * first
-    total = shares[0] + shares[1]
-    alpha, beta = shares[0] / total, shares[1] / total
-    lost = (1 - 2 * error) * bound + cross < 0
+    opposed = torch.add(-cross, bound, alpha=error)
+    share = torch.add(opposed, second, alpha=1 - error)
+    other_share = torch.add(opposed, first, alpha=1 - error)
+    total = share + other_share
+    alpha, beta = share / total, other_share / total
+    lost = torch.add(cross, bound, alpha=1 - 2 * error) < 0
 
     square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
-    sum_square = (first + second + 2 * cross).clamp(min=0)
+    sum_square = torch.add(first + second, cross, alpha=2).clamp(min=0)
     smallest = torch.finfo(square.dtype).tiny
     scale = (sum_square / square.clamp(min=smallest)).sqrt().clamp(min=2).masked_fill(lost, 0)
     return torch.stack([scale * alpha, scale * beta], dim=-1)
