@@ -60,7 +60,8 @@ def integrate(
     for block in blocks:
         if len(block.objectives) > 1:
             taken = [_take(rows[name], block.positions, keep=keep) for name in block.objectives]
-            flats[block] = FlatBlock([params[position] for position in block.positions], taken)
+            members = [params[position] for position in block.positions]
+            flats[block] = FlatBlock(members, taken, keep=keep)
     grams = {block: flats[block].gram() for block in blocks if block.integrated}
     coefficients = _coefficients(method, flats, grams)
     stats: dict[str, BlockStats] = {}
