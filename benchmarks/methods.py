@@ -130,10 +130,24 @@ def exact(model: LateFusion, inputs: Inputs) -> Step:
     return step
 
 
+def feature_space(model: LateFusion, inputs: Inputs) -> Step:
+    optimizer = MMParetoOptimizer(sgd(model))
+
+    def step() -> None:
+        spec, image, label = inputs
+        features = model.features(spec, image)
+        losses = model.losses(features, label)
+        optimizer.zero_grad()
+        optimizer.step(losses=losses, features=features)
+
+    return step
+
+
 METHODS: dict[str, Callable[[LateFusion, Inputs], Step]] = {
     "uniform": uniform,
     "two-backward floor": two_backward_floor,
     "authors' procedure": authors_procedure,
     "TorchJD (MGDA)": torchjd,
     "ours, exact": exact,
+    "ours, feature-space": feature_space,
 }

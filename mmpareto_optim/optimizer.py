@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mmpareto_optim.blocks import (
+    Block,
     Modalities,
     blocks_by_modality,
     blocks_by_reach,
     check_held,
     parameters_by_modality,
 )
+from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
 from mmpareto_optim.gradients import check_losses, gradients_of
 from mmpareto_optim.integration import Integration, Method, integrate
 from mmpareto_optim.rules import check_gamma
@@ -110,6 +112,7 @@ class MMParetoOptimizer(Optimizer):
         closure: None = None,
         *,
         losses: Losses | None = None,
+        features: Mapping[str, Tensor] | None = None,
         param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> None: ...
 
@@ -119,6 +122,7 @@ class MMParetoOptimizer(Optimizer):
         closure: Callable[[], Any],
         *,
         losses: None = None,
+        features: None = None,
         param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> Any: ...
 
@@ -127,6 +131,7 @@ class MMParetoOptimizer(Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         losses: Losses | None = None,
+        features: Mapping[str, Tensor] | None = None,
         param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> Any:
         """Integrate the losses' gradients, if losses are given, and step the base.
@@ -136,6 +141,7 @@ class MMParetoOptimizer(Optimizer):
                 of losses, which is integrated before the base goes on. A closure that
                 returns anything else has done its own ``backward``, as in plain PyTorch.
             losses: as for :meth:`backward`.
+            features: as for :meth:`backward`, with ``losses``.
             param_groups_by_modality: as for :meth:`backward`.
 
         Returns:
@@ -143,8 +149,9 @@ class MMParetoOptimizer(Optimizer):
             None.
 
         Raises:
-            TypeError: both ``losses`` and ``closure``, or a base that cannot step without
-                a closure, given none; and whatever :meth:`backward` raises.
+            TypeError: both ``losses`` and ``closure``, ``features`` without ``losses``, or a
+                base that cannot step without a closure, given none; and whatever
+                :meth:`backward` raises.
         """
         if closure is not None and not callable(closure):
             raise TypeError(
@@ -153,6 +160,11 @@ class MMParetoOptimizer(Optimizer):
             )
         if losses is not None and closure is not None:
             raise TypeError("step() takes losses or a closure that returns them, not both")
+        if features is not None and losses is None:
+            raise TypeError(
+                "step() takes features only with losses: a closure computes its own, and calls "
+                "backward(losses, features=...) itself"
+            )
         if param_groups_by_modality is not None and losses is None and closure is None:
             raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
         if closure is None and _needs_closure(type(self.optimizer).step):
@@ -161,7 +173,7 @@ class MMParetoOptimizer(Optimizer):
                 "call step(closure) with a closure that returns the mapping of losses"
             )
         if losses is not None:
-            self._backward(losses, param_groups_by_modality, keep=False)
+            self._backward(losses, features, param_groups_by_modality, keep=False)
         if closure is None:
             result = self.optimizer.step()
         else:
@@ -170,7 +182,11 @@ class MMParetoOptimizer(Optimizer):
         return result
 
     def backward(
-        self, losses: Losses, *, param_groups_by_modality: Mapping[str, Any] | None = None
+        self,
+        losses: Losses,
+        *,
+        features: Mapping[str, Tensor] | None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> None:
         """Leave the integrated gradients of the losses in ``.grad``, as ``backward`` does.
 
@@ -184,21 +200,34 @@ class MMParetoOptimizer(Optimizer):
         tensor hooks once a loss and no post-accumulate-grad hooks, and does not see through
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
 
+        With ``features`` the losses are differentiated down to the encoders' outputs only and
+        integrated there (Sener & Koltun 2018, Section 3.3); one backward pass takes the result
+        through the encoders, as in plain training. The direction is then common to all losses
+        as seen from the features: to first order, moving them along it lowers every loss. In
+        the space of the encoders' parameters that is no guarantee. ``stats`` has an entry for
+        each feature, of gradients of its shape. Each call integrates its own batch, and
+        micro-batches add up what each of them gave.
+
         Args:
             losses: scalars by name, each with a graph; the joint loss first.
+            features: outputs of the encoders by modality, the very tensors that the losses are
+                computed from; None for exact gradients. Parameters that are not behind a
+                feature are treated as without.
             param_groups_by_modality: overrides that of the constructor.
 
         Raises:
             TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
             ValueError: no loss; one that is not a scalar or has no graph; as in the
                 constructor for ``param_groups_by_modality``; an ``integration`` function
-                that returns another shape.
+                that returns another shape. Features that have no graph, that no loss reaches
+                or that a loss goes around; features with ``rescale="tensor"``, or in only a
+                part of the calls that accumulate.
             RuntimeError: a loss whose graph was freed by an earlier backward.
             NotImplementedError: several processes of ``torch.distributed``.
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        self._backward(losses, param_groups_by_modality, keep=True)
+        self._backward(losses, features, param_groups_by_modality, keep=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
@@ -298,7 +327,12 @@ class MMParetoOptimizer(Optimizer):
         self.__dict__.update(state, stats={}, _window=None)
 
     def _backward(
-        self, losses: Losses, param_groups_by_modality: Mapping[str, Any] | None, *, keep: bool
+        self,
+        losses: Losses,
+        features: Mapping[str, Tensor] | None,
+        param_groups_by_modality: Mapping[str, Any] | None,
+        *,
+        keep: bool,
     ) -> None:
         check_losses(losses)
         _check_one_process()
@@ -308,31 +342,51 @@ class MMParetoOptimizer(Optimizer):
             modalities = parameters_by_modality(param_groups_by_modality)
         if modalities is not None:
             check_held(modalities, held)
+        self._check_features(features)
         params = [param for param in held if param.requires_grad]
-        gradients = gradients_of(losses, params, self._describe)
+        method = Method(self.integration, self.gamma, self.rescale)
+        seen: dict[str, BlockStats] = {}
+        if features is None:
+            rows = gradients_of(losses, params, self._describe)
+        else:
+            rows, seen = gradients_by_features(losses, features, params, method, self._describe)
         with torch.no_grad():
-            window = Window(params, gradients)
+            window = Window(params, rows)
             # Until the new one is complete there is none: whatever raises below (a rule of
             # the user's, say) leaves .grad as it is and ends the accumulation.
             earlier, self._window = self._window, None
             if earlier is not None:
                 window.extend(earlier)
-            self.stats = self._integrate(window, modalities, keep=keep)
+            blocks = self._blocks(window, modalities)
+            gradients, stats = integrate(blocks, params, window.rows, method, keep=keep)
+            for position, gradient in gradients.items():
+                window.write(position, gradient)
+            self.stats = seen | stats
             self._window = window if keep else None
 
-    def _integrate(
-        self, window: Window, modalities: Modalities | None, *, keep: bool
-    ) -> dict[str, BlockStats]:
+    def _check_features(self, features: Mapping[str, Tensor] | None) -> None:
+        if features is not None:
+            check_features(features)
+            if self.integration == "mmpareto" and self.rescale == "tensor":
+                raise ValueError(
+                    'rescale="tensor" stretches the gradients of parameter tensors one by one, '
+                    'and features are integrated before there are any: use rescale="encoder"'
+                )
+        if self._window is not None:
+            before = ENCODERS in self._window.rows
+            if before != (features is not None):
+                raise ValueError(
+                    f"backward() {'with' if before else 'without'} features has accumulated "
+                    f"gradients that one {'without' if before else 'with'} cannot add to: call "
+                    "zero_grad() in between, or give features in every call"
+                )
+
+    @staticmethod
+    def _blocks(window: Window, modalities: Modalities | None) -> list[Block]:
         reach = window.reach()
         if modalities is None:
-            blocks = blocks_by_reach(reach)
-        else:
-            blocks = blocks_by_modality(reach, window.params, modalities, window.rows)
-        method = Method(self.integration, self.gamma, self.rescale)
-        gradients, stats = integrate(blocks, window.params, window.rows, method, keep=keep)
-        for position, gradient in gradients.items():
-            window.write(position, gradient)
-        return stats
+            return blocks_by_reach(reach)
+        return blocks_by_modality(reach, window.params, modalities, window.rows)
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None
