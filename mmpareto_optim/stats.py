@@ -14,7 +14,8 @@ class BlockStats:
 
     Everything is a tensor on the block's device, and what follows from the Gram matrix is
     computed when it is read: a training loop that does not convert them (``float()``,
-    ``.item()``, printing) neither pays for them nor waits for the device.
+    ``.item()``, printing) neither pays for them nor waits for the device. Leading dimensions
+    (:class:`ConflictRecorder` has one for the steps) are kept.
 
     Attributes:
         objectives: names of the losses that reach the block, in the order of the rows.
@@ -41,26 +42,31 @@ class BlockStats:
         """
         if self.stretch is not None:
             return self.stretch
-        nonzero = self.gram.diagonal() > 0
-        return (self.coefficients * nonzero).sum() / nonzero.sum() / self.gamma
+        nonzero = self.gram.diagonal(dim1=-2, dim2=-1) > 0
+        return (self.coefficients * nonzero).sum(-1) / nonzero.sum(-1) / self.gamma
 
     @property
     def norms(self) -> Tensor:
         """Length of each objective's gradient, shape ``(m,)``."""
-        return self.gram.diagonal().clamp(min=0).sqrt()
+        return self.gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosine between any two objectives' gradients, ``(m, m)``; NaN beside a zero one."""
+        norms = self.norms
+        cosines = self.gram / norms.unsqueeze(-2) / norms.unsqueeze(-1)
+        itself = torch.eye(norms.shape[-1], dtype=torch.bool, device=norms.device)
+        return cosines.clamp(-1, 1).masked_fill(itself, 1)
 
     @property
     def cosine(self) -> Tensor:
         """Smallest cosine between two objectives' gradients, a scalar; NaN beside a zero one."""
-        norms = self.norms
-        cosines = self.gram / norms / norms.unsqueeze(-1)
-        itself = torch.eye(len(norms), dtype=torch.bool, device=norms.device)
-        return cosines.clamp(-1, 1).masked_fill(itself, 1).amin()
+        return self.cosines.flatten(-2).amin(-1)
 
     @property
     def conflict(self) -> Tensor:
         """Whether two objectives disagree (a negative inner product), a boolean scalar."""
-        return (self.gram < 0).any()
+        return (self.gram < 0).flatten(-2).any(-1)
 
     @property
     def alpha(self) -> Tensor:
@@ -71,4 +77,5 @@ class BlockStats:
     def min_norm(self) -> Tensor:
         """Length of the min-norm point, a scalar: 0 at a Pareto-stationary point."""
         alpha = self.alpha
-        return (alpha @ self.gram @ alpha).clamp(min=0).sqrt()
+        square = (alpha.unsqueeze(-2) @ self.gram @ alpha.unsqueeze(-1)).squeeze((-2, -1))
+        return square.clamp(min=0).sqrt()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmpareto_optim import BlockStats, MMParetoOptimizer
+from mmpareto_optim import BlockStats, MMParetoOptimizer, mmpareto_coefficients
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -76,3 +76,18 @@ def test_each_step_replaces_the_stats() -> None:
     opt.step(losses=model.losses(audio_visual_batch()))
     assert list(first) == list(opt.stats)
     assert not first["mm+audio"].gram.equal(opt.stats["mm+audio"].gram)
+
+
+def test_steps_as_a_leading_dimension() -> None:
+    """What the recorder reads all at once is what each step's own stats say."""
+    rows = torch.randn(20, 3, 4, dtype=torch.float64)
+    rows[3, 1] = 0
+    grams = rows @ rows.mT
+    coefficients = mmpareto_coefficients(grams, 1.5)
+    together = BlockStats(("a", "b", "c"), grams, coefficients, 1.5)
+    each = [
+        BlockStats(("a", "b", "c"), *pair, 1.5) for pair in zip(grams, coefficients, strict=True)
+    ]
+    for name in ("scale", "norms", "cosines", "cosine", "conflict", "alpha", "min_norm"):
+        expected = torch.stack([getattr(stats, name) for stats in each])
+        torch.testing.assert_close(getattr(together, name), expected, equal_nan=True, msg=name)
