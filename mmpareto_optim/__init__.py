@@ -1,5 +1,6 @@
 """MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
 
+from mmpareto_optim.noise import GradientNoise, gradient_noise
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.rules import mmpareto_coefficients, pareto_coefficients, uniform_coefficients
 from mmpareto_optim.solver import min_norm_weights
@@ -9,7 +10,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockStats",
+    "GradientNoise",
     "MMParetoOptimizer",
+    "gradient_noise",
     "min_norm_weights",
     "mmpareto_coefficients",
     "pareto_coefficients",
