@@ -1,5 +1,6 @@
 """MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
 
+from mmpareto_optim.flatness import LossSlices, loss_slices
 from mmpareto_optim.noise import GradientNoise, gradient_noise
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.rules import mmpareto_coefficients, pareto_coefficients, uniform_coefficients
@@ -11,8 +12,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockStats",
     "GradientNoise",
+    "LossSlices",
     "MMParetoOptimizer",
     "gradient_noise",
+    "loss_slices",
     "min_norm_weights",
     "mmpareto_coefficients",
     "pareto_coefficients",
