@@ -3,6 +3,8 @@
 from mmpareto_optim.flatness import LossSlices, loss_slices
 from mmpareto_optim.noise import GradientNoise, gradient_noise
 from mmpareto_optim.optimizer import MMParetoOptimizer
+from mmpareto_optim.plot import plot_conflict, plot_slices
+from mmpareto_optim.recorder import ConflictRecorder
 from mmpareto_optim.rules import mmpareto_coefficients, pareto_coefficients, uniform_coefficients
 from mmpareto_optim.solver import min_norm_weights
 from mmpareto_optim.stats import BlockStats
@@ -11,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockStats",
+    "ConflictRecorder",
     "GradientNoise",
     "LossSlices",
     "MMParetoOptimizer",
@@ -19,5 +22,7 @@ __all__ = [
     "min_norm_weights",
     "mmpareto_coefficients",
     "pareto_coefficients",
+    "plot_conflict",
+    "plot_slices",
     "uniform_coefficients",
 ]
