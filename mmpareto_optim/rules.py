@@ -84,13 +84,16 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     check_gamma(gamma)
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
     products = gram.to(solver_dtype(gram))
-    common = _common_of_two if gram.shape[-1] == 2 else _common_of_many
-    conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
-    return (gamma * common(products, eps).masked_fill(~conflict, 1.0)).to(gram.dtype)
+    if gram.shape[-1] == 2:
+        coefficients = _of_two(products, eps)
+    else:
+        conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
+        coefficients = torch.where(conflict, _common_of_many(products, eps), 1.0)
+    return (gamma * coefficients).to(gram.dtype)
 
 
-def _common_of_two(products: Tensor, eps: float) -> Tensor:
-    """:func:`_common_of_many` in closed form, for two gradients in conflict.
+def _of_two(products: Tensor, eps: float) -> Tensor:
+    """Coefficients for two gradients over gamma, in closed form.
 
     Few operations, one number of each matrix at a time: of a small model's step they are a
     good part.
@@ -112,7 +115,8 @@ def _common_of_two(products: Tensor, eps: float) -> Tensor:
     sum_square = torch.add(first + second, cross, alpha=2).clamp(min=0)
     smallest = torch.finfo(square.dtype).tiny
     scale = (sum_square / square.clamp(min=smallest)).sqrt().clamp(min=2).masked_fill(lost, 0)
-    return torch.stack([scale * alpha, scale * beta], dim=-1)
+    common = torch.stack([scale * alpha, scale * beta], dim=-1)
+    return torch.where((cross < 0).unsqueeze(-1), common, torch.ones_like(common))
 
 
 def _common_of_many(products: Tensor, eps: float) -> Tensor:

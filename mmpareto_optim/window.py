@@ -1,6 +1,7 @@
 """What has accumulated since the last ``zero_grad``: per-loss gradients, and ``.grad``."""
 
 from collections.abc import Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -42,12 +43,15 @@ class Window:
 
     def reach(self) -> tuple[tuple[str, ...], ...]:
         """For each parameter the names of the losses that reach it."""
-        flags = zip(*([g is not None for g in row] for row in self.rows.values()), strict=True)
-        names = tuple(self.rows)
-        return tuple(
-            tuple(name for name, reached in zip(names, column, strict=True) if reached)
-            for column in flags
-        )
+        columns = zip(*([g is not None for g in row] for row in self.rows.values()), strict=True)
+        # Few sets of losses for many parameters.
+        sets: dict[tuple[bool, ...], tuple[str, ...]] = {}
+        reach = []
+        for column in columns:
+            if column not in sets:
+                sets[column] = tuple(compress(self.rows, column))
+            reach.append(sets[column])
+        return tuple(reach)
 
     def write(self, position: int, gradient: Tensor) -> None:
         """Make ``gradient``, and what is foreign, the ``.grad`` of a parameter."""
