@@ -346,12 +346,14 @@ class MMParetoOptimizer(Optimizer):
         params = [param for param in held if param.requires_grad]
         method = Method(self.integration, self.gamma, self.rescale)
         seen: dict[str, BlockStats] = {}
+        # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
+        foreign = [param.grad for param in params]
         if features is None:
             rows = gradients_of(losses, params, self._describe)
         else:
             rows, seen = gradients_by_features(losses, features, params, method, self._describe)
         with torch.no_grad():
-            window = Window(params, rows)
+            window = Window(params, rows, foreign)
             # Until the new one is complete there is none: whatever raises below (a rule of
             # the user's, say) leaves .grad as it is and ends the accumulation.
             earlier, self._window = self._window, None

@@ -22,10 +22,12 @@ class Window:
         foreign: for each parameter the ``.grad`` to add to, or None.
     """
 
-    def __init__(self, params: Sequence[Tensor], rows: dict[str, Gradient]) -> None:
+    def __init__(
+        self, params: Sequence[Tensor], rows: dict[str, Gradient], foreign: Gradient
+    ) -> None:
         self.params = params
         self.rows = rows
-        self.foreign = [param.grad for param in params]
+        self.foreign = foreign
         self._written: list[tuple[Tensor, int] | None] = [None] * len(params)
 
     def extend(self, earlier: "Window") -> None:
