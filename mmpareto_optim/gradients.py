@@ -54,7 +54,8 @@ def gradients_of(
         others that autograd handed out: they are to be read, not written.
 
     Raises:
-        RuntimeError: a loss's graph was freed before; names the loss.
+        RuntimeError: a loss's graph was freed before, or goes through
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``; names the loss.
         TypeError: a gradient is sparse; names the loss and the parameter.
     """
     names = list(losses)
@@ -70,6 +71,8 @@ def gradients_of(
                     f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
                     "gradients can be integrated: build the embedding with sparse=False"
                 )
+    if any(all(g is None for g in column) for column in zip(*found.values(), strict=True)):
+        _check_not_reentrant(losses)
     return {name: found[name] for name in names}
 
 
@@ -86,5 +89,33 @@ def _differentiate(
                 f"loss {name!r}: its graph has been freed by an earlier backward. Compute the "
                 "losses anew with a forward pass before each backward() or step(losses=...)"
             ) from error
+        if "use_reentrant=True" in str(error):
+            raise _reentrant(name) from error
         raise
     return list(found)
+
+
+def _check_not_reentrant(losses: Mapping[str, Tensor]) -> None:
+    """Raise if a graph holds a reentrant checkpoint: autograd sees no parameter inside it.
+
+    Worth a walk only where some parameter is reached by no loss.
+    """
+    seen: set[Any] = set()
+    for name, loss in losses.items():
+        nodes = [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node.name() == "CheckpointFunctionBackward":
+                raise _reentrant(name)
+            nodes.extend(following for following, _ in node.next_functions)
+
+
+def _reentrant(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"loss {name!r} goes through torch.utils.checkpoint with use_reentrant=True, whose "
+        "parameters cannot be differentiated one loss at a time: pass use_reentrant=False "
+        "(Hugging Face: gradient_checkpointing_kwargs={'use_reentrant': False})"
+    )
