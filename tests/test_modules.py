@@ -98,12 +98,13 @@ def test_functional_call() -> None:
 def test_an_ensemble_by_vmap() -> None:
     """Two trunks as one stacked parameter: one block, and the oracle by hand agrees."""
     trunks, heads = [nn.Linear(4, 3) for _ in range(2)], nn.ModuleList([nn.Linear(3, 2)] * 2)
-    stacked, _ = stack_module_state(trunks)  # type: ignore[arg-type]
+    stacked, _ = stack_module_state(trunks)
     x, label = torch.randn(8, 4), torch.randint(2, (8,))
 
     def losses() -> Losses:
         def call(params: dict[str, Tensor]) -> Tensor:
-            return functional_call(trunks[0], params, (x,))
+            features: Tensor = functional_call(trunks[0], params, (x,))
+            return features
 
         features = vmap(call)(stacked).mean(0)
         return {

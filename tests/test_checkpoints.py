@@ -1,0 +1,109 @@
+"""Checkpoints as torch.distributed.checkpoint makes them: state by parameter name.
+
+The plain ``state_dict()`` round trips of every optimizer are in test_torch_optim_contract.py.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from mmpareto_optim import MMParetoOptimizer
+from tests.models import LateFusion, Losses, train
+
+BASES: dict[str, Any] = {
+    "Adam": lambda params: torch.optim.Adam(params, lr=0.01),
+    "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
+    "momentum": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+}
+
+
+def wrapped(base: str, model: nn.Module) -> MMParetoOptimizer:
+    return MMParetoOptimizer(BASES[base](model.parameters()))
+
+
+def go_on(model: LateFusion, opt: MMParetoOptimizer) -> list[Tensor]:
+    def step(losses: Losses) -> None:
+        opt.zero_grad()
+        opt.step(losses=losses)
+
+    return train(model, step, steps=3)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_state_by_parameter_name_resumes_bit_for_bit(base: str, flatten: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model = LateFusion()
+    opt = wrapped(base, model)
+    go_on(model, opt)
+    weights, state = deepcopy(get_state_dict(model, opt, options=options))
+    expected = go_on(model, opt)
+
+    resumed = LateFusion()
+    again = wrapped(base, resumed)
+    set_state_dict(
+        resumed, again, model_state_dict=weights, optim_state_dict=state, options=options
+    )
+    assert_same(go_on(resumed, again), expected)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_it_is_the_plain_optimizers_state(base: str) -> None:
+    model = LateFusion()
+    opt = wrapped(base, model)
+    go_on(model, opt)
+    ours = get_optimizer_state_dict(model, opt)
+    plain = get_optimizer_state_dict(model, opt.optimizer)
+    assert str(ours) == str(plain)
+
+    other = LateFusion()
+    target = BASES[base](other.parameters())
+    set_optimizer_state_dict(other, target, optim_state_dict=deepcopy(ours))
+    assert str(target.state_dict()) == str(opt.state_dict())
+    back = wrapped(base, model)
+    set_optimizer_state_dict(model, back, optim_state_dict=deepcopy(plain))
+    assert str(back.state_dict()) == str(opt.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_to_disk_and_back(tmp_path: Path) -> None:
+    model = LateFusion()
+    opt = wrapped("Adam", model)
+    go_on(model, opt)
+    weights, state = get_state_dict(model, opt)
+    save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    expected = go_on(model, opt)
+
+    resumed = LateFusion()
+    again = wrapped("Adam", resumed)
+    weights, state = get_state_dict(resumed, again)
+    load({"model": weights, "optimizer": state}, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(resumed, again, model_state_dict=weights, optim_state_dict=state)
+    assert_same(go_on(resumed, again), expected)
+
+
+def test_asking_for_the_state_does_not_train() -> None:
+    """torch makes a step with zero gradients there, to have a state to speak of."""
+    model = LateFusion()
+    before = [param.detach().clone() for param in model.parameters()]
+    opt = wrapped("Adam", model)
+    get_optimizer_state_dict(model, opt)
+    assert_same([param.detach() for param in model.parameters()], before)
+    assert all(param.grad is None for param in model.parameters())
