@@ -66,8 +66,8 @@ class MMParetoOptimizer(Optimizer):
             reach it joined by ``+``.
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer, or ``param_groups_by_modality`` is
-            not a mapping or has an entry of another kind.
+        TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
+            ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
         ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
             parameter in two modalities, or one that the base does not hold.
     """
@@ -86,6 +86,11 @@ class MMParetoOptimizer(Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+            )
+        if isinstance(optimizer, MMParetoOptimizer):
+            raise TypeError(
+                "optimizer is an MMParetoOptimizer already: wrap the base once, or give its "
+                "attribute .optimizer"
             )
         if not callable(integration) and integration not in ("mmpareto", "pareto", "uniform"):
             raise ValueError(
@@ -159,7 +164,10 @@ class MMParetoOptimizer(Optimizer):
                 "in step(losses=...)"
             )
         if losses is not None and closure is not None:
-            raise TypeError("step() takes losses or a closure that returns them, not both")
+            raise TypeError(
+                "step() takes losses or a closure that returns them, not both; where a framework "
+                "brings a closure of its own (Lightning does), call backward(losses), then step()"
+            )
         if features is not None and losses is None:
             raise TypeError(
                 "step() takes features only with losses: a closure computes its own, and calls "
@@ -227,7 +235,14 @@ class MMParetoOptimizer(Optimizer):
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        self._backward(losses, features, param_groups_by_modality, keep=True)
+        owner = self.optimizer
+        if isinstance(owner, MMParetoOptimizer):
+            # Lightning hands out an object that inherits these methods and holds the optimizer.
+            owner.backward(
+                losses, features=features, param_groups_by_modality=param_groups_by_modality
+            )
+        else:
+            self._backward(losses, features, param_groups_by_modality, keep=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""

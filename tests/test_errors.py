@@ -149,6 +149,11 @@ def test_the_base_must_be_an_optimizer(base: Any) -> None:
         MMParetoOptimizer(base)
 
 
+def test_a_wrapped_optimizer_is_not_wrapped_again() -> None:
+    with pytest.raises(TypeError, match=r"MMParetoOptimizer already: wrap the base once"):
+        MMParetoOptimizer(MMParetoOptimizer(sgd(LateFusion())))
+
+
 @pytest.mark.parametrize(
     ("returned", "found"),
     [(torch.ones(3), r"\[3\]"), (torch.ones(2, 1), r"\[2, 1\]"), ([1.0, 1.0], "list")],
