@@ -1,0 +1,122 @@
+"""The code of README.md and docs/recipes runs as it stands there."""
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("docs/recipes/*.md"))
+START = ROOT / "docs" / "recipes" / "README.md"
+FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+OPTIONAL = ("accelerate", "lightning", "torchjd", "transformers")
+SCREEN = 45
+
+
+def code_of(page: Path) -> list[str]:
+    """The Python blocks of a page; a diff is read as what it makes of the code."""
+    return [
+        applied(text) if language == "diff" else dedent(text)
+        for _, language, text in FENCE.findall(page.read_text())
+    ]
+
+
+def applied(diff: str) -> str:
+    return "\n".join(line[2:] for line in diff.splitlines() if not line.startswith("-"))
+
+
+def run(code: str, page: Path, namespace: dict[str, Any]) -> None:
+    exec(compile(code, str(page), "exec"), namespace)
+
+
+def start() -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "recipe"}
+    for code in code_of(START):
+        run(code, START, namespace)
+    return namespace
+
+
+@pytest.fixture
+def steps() -> Iterator[list[type]]:
+    """The optimizers that stepped, in order."""
+    stepped: list[type] = []
+    handle = register_optimizer_step_post_hook(lambda opt, *_: stepped.append(type(opt)))
+    yield stepped
+    handle.remove()
+
+
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+
+@pytest.fixture
+def _fresh_accelerate() -> Iterator[None]:
+    yield
+    try:
+        from accelerate.state import AcceleratorState
+    except ImportError:
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.stem)
+def test_a_recipe(page: Path, steps: list[type]) -> None:
+    blocks = code_of(page)
+    with warnings.catch_warnings():
+        for library in OPTIONAL:
+            if re.search(rf"^(from|import) {library}\b", "\n".join(blocks), re.MULTILINE):
+                warnings.simplefilter("ignore")  # of their own affairs
+                pytest.importorskip(library, reason="the integrations extra is not installed")
+        namespace = start()
+        for code in blocks if page != START else ["opt.step(losses=losses_of(model, data[:]))"]:
+            run(code, page, namespace)
+    assert steps
+    assert len(page.read_text().splitlines()) <= SCREEN or page == START
+
+
+def test_every_recipe_is_in_the_list() -> None:
+    listed = re.findall(r"\]\((\w+\.md)\)", START.read_text())
+    assert sorted(listed) == [page.name for page in RECIPES if page != START]
+
+
+def readme_names() -> dict[str, Any]:
+    """What the README's snippets take for granted, by the names that they use."""
+    namespace = start()
+    model, losses_of, data = (namespace[name] for name in ("model", "losses_of", "data"))
+    return {
+        **namespace,
+        "base": torch.optim.SGD(model.parameters(), lr=0.1),
+        "losses": losses_of(model, data[:]),
+        "scaler": torch.amp.GradScaler("cpu"),
+    }
+
+
+@pytest.mark.parametrize("number", range(len(code_of(ROOT / "README.md"))))
+def test_a_snippet_of_the_readme(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace = readme_names()
+    run(code_of(ROOT / "README.md")[number], ROOT / "README.md", namespace)
+
+
+def test_the_readmes_first_lines_train(steps: list[type]) -> None:
+    namespace = readme_names()
+    before = [param.detach().clone() for param in namespace["model"].parameters()]
+    run(code_of(ROOT / "README.md")[0], ROOT / "README.md", namespace)
+    assert len(steps) == len(namespace["loader"])
+    assert isinstance(namespace["optimizer"], namespace["MMParetoOptimizer"])
+    after = namespace["model"].parameters()
+    assert not any(a.equal(b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *RECIPES], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
