@@ -205,7 +205,7 @@ class MMParetoOptimizer(Optimizer):
         to and not integrated again.
 
         Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
-        tensor hooks once a loss and no post-accumulate-grad hooks, and does not see through
+        tensor hooks once a loss and no post-accumulate-grad hooks, and refuses
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
 
         With ``features`` the losses are differentiated down to the encoders' outputs only and
@@ -230,7 +230,8 @@ class MMParetoOptimizer(Optimizer):
                 that returns another shape. Features that have no graph, that no loss reaches
                 or that a loss goes around; features with ``rescale="tensor"``, or in only a
                 part of the calls that accumulate.
-            RuntimeError: a loss whose graph was freed by an earlier backward.
+            RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
+                a reentrant checkpoint.
             NotImplementedError: several processes of ``torch.distributed``.
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
