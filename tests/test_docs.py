@@ -15,7 +15,14 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("docs/recipes/*.md"))
 START = ROOT / "docs" / "recipes" / "README.md"
 FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-OPTIONAL = ("accelerate", "lightning", "torchjd", "transformers")
+# What a page's code says that it needs, and the library that brings it.
+OPTIONAL = {
+    "import Accelerator": "accelerate",
+    "import lightning": "lightning",
+    "from torchjd": "torchjd",
+    "import TrainingArguments": "transformers",
+    "UPGradWeighting": "quadprog",
+}
 SCREEN = 45
 
 
@@ -72,8 +79,8 @@ def _fresh_accelerate() -> Iterator[None]:
 def test_a_recipe(page: Path, steps: list[type]) -> None:
     blocks = code_of(page)
     with warnings.catch_warnings():
-        for library in OPTIONAL:
-            if re.search(rf"^(from|import) {library}\b", "\n".join(blocks), re.MULTILINE):
+        for words, library in OPTIONAL.items():
+            if any(words in code for code in blocks):
                 warnings.simplefilter("ignore")  # of their own affairs
                 pytest.importorskip(library, reason="the integrations extra is not installed")
         namespace = start()

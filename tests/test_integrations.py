@@ -159,6 +159,29 @@ class TestLightning:
             self.trainer(lightning, 1).fit(module, loader(data()))
 
 
+class TestFabric:
+    def test_setup(self) -> None:
+        """Fabric's optimizer inherits ours; its step takes no losses."""
+        pytest.importorskip("lightning", reason=MISSING)
+        from lightning.fabric import Fabric
+
+        model, dataset = LateFusion(), data()
+        plain = deepcopy(model)
+        opt = optimizer(model)
+        fabric = Fabric(accelerator="cpu")
+        prepared, ours = fabric.setup(model, opt)
+        prepared.mark_forward_method("losses")
+        for batch in fabric.setup_dataloaders(loader(dataset)):
+            ours.backward(prepared.losses(batch))
+            fabric.clip_gradients(prepared, ours, max_norm=0.1)
+            ours.step()
+            ours.zero_grad()
+        assert_same(parameters(model), by_hand(plain, loader(dataset)))
+        assert list(opt.stats) == ["mm+audio", "mm+visual"]
+        with pytest.raises(TypeError, match="losses"):
+            ours.step(losses=model.losses(audio_visual_batch()))
+
+
 class TestAccelerate:
     @pytest.fixture
     def accelerator(self) -> Iterator[Any]:

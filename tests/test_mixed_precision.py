@@ -68,6 +68,23 @@ def test_autocast_integrates_what_autocast_differentiates(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [2, 3])
+def test_a_step_within_the_autocast_region_is_as_exact(dtype: torch.dtype, m: int) -> None:
+    """Autocast would run the products of float32 gradients in half precision."""
+    start, rows = nn.Linear(6, 4), torch.randn(m, 24)
+    found = []
+    for enabled in (False, True):
+        layer = deepcopy(start)
+        opt = wrapped(layer)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            opt.step(losses=vectors_as_losses(layer.weight, rows))
+        (stats,) = opt.stats.values()
+        found.append([stats.gram, stats.coefficients, layer.weight.detach()])
+    assert_same(found[1], found[0])
+    torch.testing.assert_close(found[0][0], rows.double() @ rows.double().T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_training_under_autocast_learns(dtype: torch.dtype) -> None:
     model, batch = LateFusion(), audio_visual_batch()
     opt, scaler = wrapped(model), GradScaler("cpu", init_scale=2.0**10)
