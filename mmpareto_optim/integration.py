@@ -53,7 +53,8 @@ def integrate(
         each integrated block.
 
     Raises:
-        ValueError: an integration function of the user's returns another shape.
+        ValueError: an integration function of the user's returns another shape, or has a
+            ``reset()`` and would serve several blocks.
     """
     gradients = _of_one_objective(blocks, params, rows, keep=keep)
     flats: dict[Block, FlatBlock] = {}
@@ -106,6 +107,7 @@ def _coefficients(
     method: Method, flats: Mapping[Block, FlatBlock], grams: Mapping[Block, Tensor]
 ) -> dict[Block, Tensor]:
     if callable(method.integration):
+        _check_memory(method.integration, list(grams))
         return {
             block: _of_users_rule(method.integration, block, gram.to(flats[block].dtype))
             for block, gram in grams.items()
@@ -131,6 +133,17 @@ def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
     if method.rescale == "tensor":
         return unstretched_coefficients(grams, method.gamma)
     return mmpareto_coefficients(grams, method.gamma, eps=eps)
+
+
+def _check_memory(rule: Rule, blocks: Sequence[Block]) -> None:
+    """Raise if a rule with a memory, which a ``reset()`` tells of, would serve several blocks."""
+    if len(blocks) > 1 and callable(getattr(rule, "reset", None)):
+        names = ", ".join(repr(block.name) for block in blocks)
+        raise ValueError(
+            f"integration {type(rule).__name__} keeps a state from step to step (it has a "
+            f"reset()), which blocks {names} would mix up: make them one with "
+            "param_groups_by_modality, or take a rule without a state"
+        )
 
 
 def _of_users_rule(rule: Rule, block: Block, gram: Tensor) -> Tensor:

@@ -112,3 +112,35 @@ def test_each_encoder_is_a_block_of_its_own(rule: str) -> None:
         ours = model.get_submodule(modality).parameters()
         for found, expected in zip(ours, encoder, strict=True):
             torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_a_weighting_with_a_memory_serves_one_block() -> None:
+    """Over several steps, as TorchJD's own aggregator that remembers as well."""
+    weighting, aggregator = aggregation.GradVacWeighting(), aggregation.GradVac()
+    model = SharedTrunk()
+    theirs = deepcopy(model)
+    opt = wrapped(model.parameters(), weighting)
+    for _ in range(3):
+        x, labels = torch.randn(16, 5), torch.randint(3, (3, 16))
+        opt.zero_grad()
+        torch.manual_seed(1)
+        opt.backward(model.losses(x, labels))
+        theirs.zero_grad()
+        trunk = list(theirs.trunk.parameters())
+        torch.manual_seed(1)
+        backward(list(theirs.losses(x, labels).values()), inputs=trunk)
+        jac_to_grad(trunk, aggregator)
+        for found, expected in zip(model.trunk.parameters(), trunk, strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_a_weighting_with_a_memory_is_refused_for_several_blocks() -> None:
+    model, batch = LateFusion(), audio_visual_batch()
+    opt = wrapped(model.parameters(), aggregation.GradVacWeighting())
+    for call in (opt.backward, opt.step):
+        with pytest.raises(ValueError, match=r"GradVacWeighting keeps.*'mm\+audio', 'mm\+visual'"):
+            call(losses=model.losses(batch))
+    assert all(param.grad is None for param in model.parameters())
+    both = [*model.audio.parameters(), *model.visual.parameters()]
+    opt.step(losses=model.losses(batch), param_groups_by_modality={"encoders": both})
+    assert list(opt.stats) == ["encoders"]
