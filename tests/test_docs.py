@@ -3,13 +3,19 @@
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mmpareto_optim import MMParetoOptimizer, loss_slices
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("docs/recipes/*.md"))
@@ -99,8 +105,21 @@ def readme_names() -> dict[str, Any]:
     """What the README's snippets take for granted, by the names that they use."""
     namespace = start()
     model, losses_of, data = (namespace[name] for name in ("model", "losses_of", "data"))
+    batch = data[:]
+
+    def train(model: nn.Module, opt: MMParetoOptimizer, loader: Any) -> None:
+        for batch in loader:
+            opt.step(losses=losses_of(model, batch))
+
     return {
         **namespace,
+        "epochs": 2,
+        "train": train,
+        "writer": Mock(spec=["add_scalar"]),
+        "losses_of": partial(losses_of, model),
+        "islice": islice,
+        "train_loss": lambda: losses_of(model, batch)["mm"],
+        "other": loss_slices(model, lambda: losses_of(model, batch)["mm"]),
         "base": torch.optim.SGD(model.parameters(), lr=0.1),
         "losses": losses_of(model, data[:]),
         "scaler": torch.amp.GradScaler("cpu"),
