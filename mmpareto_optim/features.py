@@ -5,7 +5,7 @@ gradients at a shared representation (MGDA-UB): the encoders are then passed thr
 with the integrated gradient, and not once a loss.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,15 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.gradients import Gradient, gradients_of
+from mmpareto_optim.graph import (
+    Edge,
+    check_not_compiled_together,
+    edge_of,
+    edges_behind,
+    leaves_of,
+)
 from mmpareto_optim.integration import Method, integrate
 from mmpareto_optim.stats import BlockStats
-
-Edge = tuple[Any, int]
-"""A node of the autograd graph and which of its outputs."""
 
 ENCODERS = "(encoders)"
 """The name under which a window keeps what the encoders' single backward pass gave."""
@@ -70,10 +74,11 @@ def gradients_by_features(
         ValueError: a feature that no loss reaches; one that is computed from another; a
             parameter that a loss reaches both through a feature and around it.
     """
-    edges: dict[Edge, str] = {_edge(feature): name for name, feature in features.items()}
+    edges: dict[Edge, str] = {edge_of(feature): name for name, feature in features.items()}
     if len(edges) < len(features):
         raise ValueError(f"two of the features {list(features)} are the same tensor: give it once")
     behind = _leaves_behind(features, edges)
+    check_not_compiled_together(losses, edges)
     _check_not_around(losses, edges, behind.intersection(params), describe)
     heads = [position for position, param in enumerate(params) if param not in behind]
     targets = [*features.values(), *(params[position] for position in heads)]
@@ -107,20 +112,18 @@ def _through_encoders(
         raise
 
 
-def _edge(tensor: Tensor) -> Edge:
-    return tensor.grad_fn, tensor.output_nr
-
-
 def _leaves_behind(features: Mapping[str, Tensor], edges: Mapping[Edge, str]) -> set[Tensor]:
     leaves: set[Tensor] = set()
     for name, feature in features.items():
-        found, met = _walk([(feature.grad_fn, -1)], edges)
-        if met:
-            raise ValueError(
-                f"feature {name!r} is computed from feature {edges[met[0]]!r}, whose gradient "
-                "would count twice: give the features of one depth"
-            )
-        leaves |= found
+        own = edge_of(feature)
+        behind = list(edges_behind([own]))
+        for edge in behind:
+            if edge in edges and edge != own:
+                raise ValueError(
+                    f"feature {name!r} is computed from feature {edges[edge]!r}, whose gradient "
+                    "would count twice: give features that do not depend on each other"
+                )
+        leaves |= leaves_of(behind)
     return leaves
 
 
@@ -131,32 +134,12 @@ def _check_not_around(
     describe: Callable[[Tensor], str],
 ) -> None:
     for name, loss in losses.items():
-        found, _ = _walk([_edge(loss)], edges)
-        for param in found & behind:
+        for param in leaves_of(edges_behind([edge_of(loss)], edges)) & behind:
             raise ValueError(
                 f"loss {name!r} reaches {describe(param)} around the features "
                 f"{list(edges.values())}: give the very tensors that the heads are called with, "
                 "all of them, or leave features out for the exact gradients"
             )
-
-
-def _walk(starts: Iterable[Edge], stops: Mapping[Edge, str]) -> tuple[set[Tensor], list[Edge]]:
-    """Leaves behind some edges of the autograd graph, and the stops that were met."""
-    leaves: set[Tensor] = set()
-    met: list[Edge] = []
-    seen: set[Any] = set()
-    waiting = list(starts)
-    while waiting:
-        edge = waiting.pop()
-        node = edge[0]
-        if edge in stops:
-            met.append(edge)
-        elif node is not None and node not in seen:
-            seen.add(node)
-            if node.name() == "torch::autograd::AccumulateGrad":
-                leaves.add(node.variable)
-            waiting.extend(node.next_functions)
-    return leaves, met
 
 
 def _integrated_at(

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmpareto_optim.graph import edge_of, edges_behind
+
 Gradient = list[Tensor | None]
 """One tensor for each parameter, None where the loss does not reach it."""
 
@@ -54,8 +56,9 @@ def gradients_of(
         others that autograd handed out: they are to be read, not written.
 
     Raises:
-        RuntimeError: a loss's graph was freed before, or goes through
-            ``torch.utils.checkpoint`` with ``use_reentrant=True``; names the loss.
+        RuntimeError: a loss's graph was freed before, goes through
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``, or was compiled for a single
+            backward pass; names the loss.
         TypeError: a gradient is sparse; names the loss and the parameter.
     """
     names = list(losses)
@@ -91,6 +94,12 @@ def _differentiate(
             ) from error
         if "use_reentrant=True" in str(error):
             raise _reentrant(name) from error
+        if "donated buffer" in str(error):
+            raise RuntimeError(
+                f"loss {name!r} goes through a region that torch.compile compiled for a single "
+                "backward pass, and each loss takes one: set "
+                "torch._functorch.config.donated_buffer = False before the first backward"
+            ) from error
         raise
     return list(found)
 
@@ -100,17 +109,10 @@ def _check_not_reentrant(losses: Mapping[str, Tensor]) -> None:
 
     Worth a walk only where some parameter is reached by no loss.
     """
-    seen: set[Any] = set()
     for name, loss in losses.items():
-        nodes = [loss.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+        for node, _ in edges_behind([edge_of(loss)]):
             if node.name() == "CheckpointFunctionBackward":
                 raise _reentrant(name)
-            nodes.extend(following for following, _ in node.next_functions)
 
 
 def _reentrant(name: str) -> RuntimeError:

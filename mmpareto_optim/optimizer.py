@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from mmpareto_optim.blocks import (
     Block,
     Modalities,
+    Reach,
     blocks_by_modality,
     blocks_by_reach,
     check_held,
@@ -20,6 +21,7 @@ from mmpareto_optim.blocks import (
 )
 from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
 from mmpareto_optim.gradients import check_losses, gradients_of
+from mmpareto_optim.graph import check_not_compiled_together
 from mmpareto_optim.integration import Integration, Method, integrate
 from mmpareto_optim.rules import check_gamma
 from mmpareto_optim.stats import BlockStats
@@ -106,6 +108,7 @@ class MMParetoOptimizer(Optimizer):
         self.rescale = rescale
         self.stats: dict[str, BlockStats] = {}
         self._window: Window | None = None
+        self._checked_reach: Reach = ()
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality)
@@ -228,7 +231,8 @@ class MMParetoOptimizer(Optimizer):
             ValueError: no loss; one that is not a scalar or has no graph; as in the
                 constructor for ``param_groups_by_modality``; an ``integration`` function
                 that returns another shape. Features that have no graph, that no loss reaches
-                or that a loss goes around; features with ``rescale="tensor"``, or in only a
+                or that a loss goes around; several losses through one region that
+                ``torch.compile`` compiled; features with ``rescale="tensor"``, or in only a
                 part of the calls that accumulate.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
                 a reentrant checkpoint.
@@ -340,7 +344,7 @@ class MMParetoOptimizer(Optimizer):
         return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, stats={}, _window=None)
+        self.__dict__.update(state, stats={}, _window=None, _checked_reach=())
 
     def _backward(
         self,
@@ -375,7 +379,7 @@ class MMParetoOptimizer(Optimizer):
             earlier, self._window = self._window, None
             if earlier is not None:
                 window.extend(earlier)
-            blocks = self._blocks(window, modalities)
+            blocks = self._blocks(window, modalities, losses)
             gradients, stats = integrate(blocks, params, window.rows, method, keep=keep)
             for position, gradient in gradients.items():
                 window.write(position, gradient)
@@ -399,9 +403,16 @@ class MMParetoOptimizer(Optimizer):
                     "zero_grad() in between, or give features in every call"
                 )
 
-    @staticmethod
-    def _blocks(window: Window, modalities: Modalities | None) -> list[Block]:
+    def _blocks(self, window: Window, modalities: Modalities | None, losses: Losses) -> list[Block]:
         reach = window.reach()
+        if reach != self._checked_reach:
+            # A walk over the graph costs as much as a small backward; the same reach again
+            # makes the same blocks. Where these are given and a zero gradient counts as none,
+            # nothing depends on it.
+            harmless = modalities is not None and self.integration in ("mmpareto", "uniform")
+            if ENCODERS not in window.rows and not harmless:
+                check_not_compiled_together(losses)
+            self._checked_reach = reach
         if modalities is None:
             return blocks_by_reach(reach)
         return blocks_by_modality(reach, window.params, modalities, window.rows)

@@ -21,8 +21,13 @@ class LateFusion(nn.Module):
         self.to(dtype)
 
     def losses(self, batch: tuple[Tensor, Tensor, Tensor]) -> Losses:
-        spec, image, label = batch
-        audio, visual = self.audio(spec), self.visual(image)
+        return self.losses_at(self.features(batch), batch[2])
+
+    def features(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"audio": self.audio(batch[0]), "visual": self.visual(batch[1])}
+
+    def losses_at(self, features: dict[str, Tensor], label: Tensor) -> Losses:
+        audio, visual = features["audio"], features["visual"]
         joint = self.mm_head(torch.cat([audio, visual], dim=1))
         return {
             "mm": cross_entropy(joint, label),

@@ -7,40 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
+from tests.models import LateFusion
 
 Batch = tuple[Tensor, Tensor, Tensor]
-
-
-class LateFusion(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.audio = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 6))
-        self.visual = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 6))
-        self.fusion, self.audio_head, self.visual_head = (
-            nn.Linear(12, 4),
-            nn.Linear(6, 4),
-            nn.Linear(6, 4),
-        )
-
-    def features(self, batch: Batch) -> dict[str, Tensor]:
-        return {"audio": self.audio(batch[0]), "visual": self.visual(batch[1])}
-
-    def losses(self, features: dict[str, Tensor], label: Tensor) -> dict[str, Tensor]:
-        audio, visual = features["audio"], features["visual"]
-        return {
-            "mm": cross_entropy(self.fusion(torch.cat([audio, visual], 1)), label),
-            "audio": cross_entropy(self.audio_head(audio), label),
-            "visual": cross_entropy(self.visual_head(visual), label),
-        }
 
 
 def setting(seed: int = 0, size: int = 9) -> tuple[LateFusion, Batch]:
     torch.manual_seed(seed)
     model = LateFusion()
-    return model, (torch.randn(size, 5), torch.randn(size, 7), torch.randint(4, (size,)))
+    return model, (torch.randn(size, 5), torch.randn(size, 7), torch.randint(3, (size,)))
 
 
 def optimizer(model: nn.Module, **settings: object) -> MMParetoOptimizer:
@@ -59,7 +36,7 @@ def by_hand(model: LateFusion, batch: Batch, gamma: float = 1.5) -> dict[str, Te
     model.zero_grad()
     for name in ("mm", "audio", "visual"):
         cut = {key: value.detach().requires_grad_() for key, value in features.items()}
-        model.losses(cut, batch[2])[name].backward()
+        model.losses_at(cut, batch[2])[name].backward()
         for key, value in cut.items():
             if value.grad is not None:
                 found[key][name] = value.grad
@@ -77,7 +54,7 @@ def test_gradients_are_those_of_detached_features(seed: int) -> None:
     opt = optimizer(model)
     opt.zero_grad()
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features=features)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close(grads(model), expected)
 
 
@@ -88,7 +65,7 @@ def test_direction_is_common_to_all_losses_at_the_features(seed: int) -> None:
     features = model.features(batch)
     for name, feature in features.items():
         feature.register_hook(lambda g, name=name: seen.__setitem__(name, g))
-    losses = model.losses(features, batch[2])
+    losses = model.losses_at(features, batch[2])
     at = {
         name: torch.autograd.grad(loss, list(features.values()), None, True, allow_unused=True)
         for name, loss in losses.items()
@@ -110,22 +87,22 @@ def test_exact_for_a_linear_encoder_and_one_example(seed: int) -> None:
     model.audio = nn.Sequential(nn.Linear(5, 6, bias=False))
     model.visual = nn.Sequential(nn.Linear(7, 6, bias=False))
     opt = optimizer(model)
-    opt.backward(model.losses(model.features(batch), batch[2]))
+    opt.backward(model.losses_at(model.features(batch), batch[2]))
     exact = grads(model)
     opt.zero_grad()
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features=features)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close(grads(model), exact, atol=1e-5, rtol=1e-4)
 
 
 def test_uniform_is_the_plain_gradient_of_the_sum() -> None:
     model, batch = setting()
-    torch.stack(list(model.losses(model.features(batch), batch[2]).values())).sum().backward()
+    torch.stack(list(model.losses_at(model.features(batch), batch[2]).values())).sum().backward()
     expected = grads(model)
     opt = optimizer(model, integration="uniform")
     opt.zero_grad()
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features=features)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close(grads(model), expected)
 
 
@@ -135,9 +112,9 @@ def test_encoders_are_passed_through_once() -> None:
     model.audio[0].weight.register_hook(lambda _: passes.append(1))  # type: ignore[operator]
     opt = optimizer(model)
     features = model.features(batch)
-    opt.step(losses=model.losses(features, batch[2]), features=features)
+    opt.step(losses=model.losses_at(features, batch[2]), features=features)
     assert len(passes) == 1
-    opt.step(losses=model.losses(model.features(batch), batch[2]))
+    opt.step(losses=model.losses_at(model.features(batch), batch[2]))
     assert len(passes) == 3
 
 
@@ -145,11 +122,11 @@ def test_step_updates_with_what_backward_leaves() -> None:
     model, batch = setting()
     opt = optimizer(model)
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features=features)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
     expected = {n: p.detach() - 0.1 * p.grad for n, p in model.named_parameters()}  # type: ignore[operator]
     opt.zero_grad()
     features = model.features(batch)
-    opt.step(losses=model.losses(features, batch[2]), features=features)
+    opt.step(losses=model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close({n: p.detach() for n, p in model.named_parameters()}, expected)
 
 
@@ -158,7 +135,7 @@ def test_stats_are_named_by_feature_and_shared_heads_by_loss() -> None:
     model.visual_head = model.audio_head
     opt = optimizer(model)
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features=features)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
     assert {name: stats.objectives for name, stats in opt.stats.items()} == {
         "audio": ("mm", "audio"),
         "visual": ("mm", "visual"),
@@ -174,13 +151,13 @@ def test_micro_batches_add_up() -> None:
         micro: Batch = (half[0], half[1], half[2])
         opt.zero_grad()
         features = model.features(micro)
-        opt.backward(model.losses(features, micro[2]), features=features)
+        opt.backward(model.losses_at(features, micro[2]), features=features)
         for name, gradient in grads(model).items():
             expected[name] = expected.get(name, torch.zeros(())) + gradient
     opt.zero_grad()
     for half in ([part[:4] for part in batch], [part[4:] for part in batch]):
         features = model.features((half[0], half[1], half[2]))
-        opt.backward(model.losses(features, half[2]), features=features)
+        opt.backward(model.losses_at(features, half[2]), features=features)
     torch.testing.assert_close(grads(model), expected)
 
 
@@ -210,11 +187,11 @@ def test_a_frozen_encoder_is_left_out() -> None:
     model.audio.requires_grad_(False)
     opt = optimizer(model)
     features = model.features(batch)
-    opt.backward(model.losses(features, batch[2]), features={"visual": features["visual"]})
+    opt.backward(model.losses_at(features, batch[2]), features={"visual": features["visual"]})
     assert model.audio[0].weight.grad is None
     assert set(opt.stats) == {"visual"}
     with pytest.raises(ValueError, match="feature 'audio' has no graph"):
-        opt.backward(model.losses(features, batch[2]), features=features)
+        opt.backward(model.losses_at(features, batch[2]), features=features)
 
 
 def untouched(model: LateFusion, opt: MMParetoOptimizer) -> None:
@@ -238,7 +215,7 @@ def test_wrong_features_are_named(wrong: object, error: type[Exception], message
     model, batch = setting()
     opt = optimizer(model)
     features = model.features(batch)
-    losses = model.losses(features, batch[2])
+    losses = model.losses_at(features, batch[2])
     with pytest.raises(error, match=message):
         opt.backward(losses, features=wrong(features))  # type: ignore[operator]
     untouched(model, opt)
@@ -248,7 +225,7 @@ def test_a_feature_that_no_loss_reaches() -> None:
     model, batch = setting()
     opt = optimizer(model)
     features = model.features(batch)
-    losses = {"audio": model.losses(features, batch[2])["audio"]}
+    losses = {"audio": model.losses_at(features, batch[2])["audio"]}
     with pytest.raises(ValueError, match="no loss reaches feature 'visual'"):
         opt.backward(losses, features=features)
     untouched(model, opt)
@@ -258,7 +235,7 @@ def test_a_parameter_reached_around_the_features() -> None:
     model, batch = setting()
     opt = optimizer(model)
     features = model.features(batch)
-    losses = model.losses(features, batch[2])
+    losses = model.losses_at(features, batch[2])
     losses["mm"] = losses["mm"] + next(model.audio.parameters()).square().sum()
     with pytest.raises(ValueError, match=r"loss 'mm' reaches param_groups\[0\]\['params'\]\[0\]"):
         opt.backward(losses, features=features)
@@ -269,11 +246,11 @@ def test_a_freed_graph_and_a_wrong_combination() -> None:
     model, batch = setting()
     opt = optimizer(model)
     features = model.features(batch)
-    losses = model.losses(features, batch[2])
+    losses = model.losses_at(features, batch[2])
     opt.backward(losses, features=features)
     before = grads(model)
     with pytest.raises(RuntimeError, match="the graph behind the features"):
-        opt.backward(model.losses(features, batch[2]), features=features)
+        opt.backward(model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close(grads(model), before)
     opt.zero_grad()
     with pytest.raises(ValueError, match="rescale"):
@@ -288,7 +265,7 @@ def test_features_in_every_call_or_in_none(first_with: bool) -> None:
     opt = optimizer(model)
     for given_features in (first_with, not first_with):
         features = model.features(batch)
-        losses = model.losses(features, batch[2])
+        losses = model.losses_at(features, batch[2])
         if given_features == first_with:
             opt.backward(losses, features=features if given_features else None)
             before = grads(model)

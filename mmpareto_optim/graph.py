@@ -1,0 +1,64 @@
+"""Walks over autograd's graph, for what gradients alone do not tell."""
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+
+Edge = tuple[Any, int]
+"""A node of the graph and which of its outputs."""
+
+
+def edge_of(tensor: Tensor) -> Edge:
+    """Where a tensor stands in the graph."""
+    return tensor.grad_fn, tensor.output_nr
+
+
+def edges_behind(starts: Iterable[Edge], stops: Container[Edge] = ()) -> Iterator[Edge]:
+    """Each edge on the way from some to the leaves, once; the way ends at ``stops``."""
+    seen: set[Edge] = set()
+    expanded: set[Any] = set()
+    waiting = list(starts)
+    while waiting:
+        edge = waiting.pop()
+        node = edge[0]
+        if node is None or edge in seen:
+            continue
+        seen.add(edge)
+        yield edge
+        if edge not in stops and node not in expanded:
+            expanded.add(node)
+            waiting.extend(node.next_functions)
+
+
+def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
+    """The leaf tensors among some edges."""
+    return {node.variable for node, _ in edges if node.name() == "torch::autograd::AccumulateGrad"}
+
+
+def check_not_compiled_together(losses: Mapping[str, Tensor], stops: Container[Edge] = ()) -> None:
+    """Raise if ``torch.compile`` hides which loss reaches which parameter.
+
+    The backward of a compiled region gives zeros, not None, for what an output does not
+    depend on, so that every loss seems to reach all that is in it.
+
+    Raises:
+        ValueError: two losses reach different outputs of one region; names them.
+    """
+    reaching: dict[Any, dict[int, set[str]]] = {}
+    for name, loss in losses.items():
+        for edge in edges_behind([edge_of(loss)], stops):
+            node, output = edge
+            if edge not in stops and node.name() == "CompiledFunctionBackward":
+                reaching.setdefault(node, {}).setdefault(output, set()).add(name)
+    for outputs in reaching.values():
+        for one, other in combinations(outputs.values(), 2):
+            if one != other:
+                raise ValueError(
+                    f"losses {sorted(one)} and {sorted(other)} go through different outputs of one "
+                    "region that torch.compile compiled, which hides which parameters each of them "
+                    "reaches: compile each encoder and each head for itself, as in "
+                    "model.audio.compile(), or name the blocks of integration='mmpareto' with "
+                    "param_groups_by_modality"
+                )

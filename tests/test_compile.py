@@ -1,0 +1,124 @@
+"""``torch.compile``: encoders, heads and whole models, and its donated buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import LateFusion
+from tests.test_features import grads, optimizer, setting
+
+# The compiler's own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+BACKEND = "aot_eager"  # autograd as with inductor, without its compiler
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(function: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    return torch.compile(function, backend=BACKEND)
+
+
+def pair() -> tuple[LateFusion, LateFusion, tuple[Tensor, Tensor, Tensor]]:
+    model, batch = setting()
+    return model, deepcopy(model), batch
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_compiled_encoders_give_the_same_gradients(by_features: bool) -> None:
+    model, eager, batch = pair()
+    model.audio.compile(backend=BACKEND)
+    model.visual.compile(backend=BACKEND)
+    for net in (model, eager):
+        for _ in range(2):
+            features = net.features(batch)
+            opt = optimizer(net)
+            opt.zero_grad()
+            losses = net.losses_at(features, batch[2])
+            opt.backward(losses, features=features if by_features else None)
+        assert set(opt.stats) == ({"audio", "visual"} if by_features else {"mm+audio", "mm+visual"})
+    torch.testing.assert_close(grads(model), grads(eager))
+
+
+@pytest.mark.slow
+def test_inductor() -> None:
+    model, eager, batch = pair()
+    model.audio.compile()
+    for net in (model, eager):
+        optimizer(net).backward(net.losses_at(net.features(batch), batch[2]))
+    torch.testing.assert_close(grads(model), grads(eager))
+
+
+@pytest.mark.parametrize("part", ["features", "losses", "whole"])
+def test_a_region_of_several_losses_hides_their_reach(part: str) -> None:
+    model, batch = setting()
+    features, losses = model.features, model.losses_at
+    if part == "features":
+        features = compiled(features)
+    elif part == "losses":
+        losses = compiled(losses)
+
+    def forward() -> dict[str, Tensor]:
+        return losses(features(batch), batch[2])
+
+    opt = optimizer(model)
+    computed = (compiled(forward) if part == "whole" else forward)()
+    with pytest.raises(ValueError, match="go through different outputs of one region"):
+        opt.backward(computed)
+    assert grads(model) == {}
+
+
+def test_a_compiled_model_with_the_blocks_by_hand() -> None:
+    model, eager, batch = pair()
+    for net in (model, eager):
+        opt = optimizer(net, param_groups_by_modality={"audio": net.audio, "visual": net.visual})
+
+        def forward(net: LateFusion = net) -> dict[str, Tensor]:
+            return net.losses_at(net.features(batch), batch[2])
+
+        opt.backward(compiled(forward)() if net is model else forward())
+    torch.testing.assert_close(grads(model), grads(eager))
+
+
+def compiled_for_one_backward_pass() -> tuple[LateFusion, tuple[Tensor, Tensor, Tensor]]:
+    model, batch = setting()
+    # An encoder with activations that its backward may overwrite.
+    model.audio = nn.Sequential(
+        nn.Linear(5, 8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 6)
+    )
+    model.audio.compile(backend=BACKEND)
+    model.losses(batch)["mm"].backward()
+    model.zero_grad()
+    return model, batch
+
+
+def test_a_region_compiled_for_one_backward_pass() -> None:
+    model, batch = compiled_for_one_backward_pass()
+    opt = optimizer(model)
+    with pytest.raises(RuntimeError, match=r"set torch._functorch.config.donated_buffer = False"):
+        opt.backward(model.losses(batch))
+    assert grads(model) == {}
+
+
+def test_the_line_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+    model, batch = compiled_for_one_backward_pass()
+    opt = optimizer(model)
+    opt.backward(model.losses(batch))
+    found = grads(model)
+    opt.zero_grad()
+    torch.compiler.set_stance("force_eager")
+    try:
+        opt.backward(model.losses(batch))
+    finally:
+        torch.compiler.set_stance("default")
+    torch.testing.assert_close(found, grads(model))
