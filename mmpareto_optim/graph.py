@@ -59,6 +59,6 @@ def check_not_compiled_together(losses: Mapping[str, Tensor], stops: Container[E
                     f"losses {sorted(one)} and {sorted(other)} go through different outputs of one "
                     "region that torch.compile compiled, which hides which parameters each of them "
                     "reaches: compile each encoder and each head for itself, as in "
-                    "model.audio.compile(), or name the blocks of integration='mmpareto' with "
-                    "param_groups_by_modality"
+                    "model.audio = torch.compile(model.audio), or name the blocks of "
+                    "integration='mmpareto' with param_groups_by_modality"
                 )
