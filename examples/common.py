@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -79,7 +80,7 @@ class Comparison:
     """All runs of one example, by method; a list entry a seed."""
 
     options: argparse.Namespace
-    runs: dict[str, list[Run]] = field(default_factory=lambda: {name: [] for name in METHODS})
+    runs: dict[str, list[Run]]
 
     def accuracies(self, method: str, head: str) -> list[float]:
         return [run.accuracy[head] for run in self.runs[method]]
@@ -95,14 +96,36 @@ class Comparison:
         return 100 * mean(cosine < 0 for cosine in cosines) if cosines else None
 
 
-def parse_options(description: str) -> argparse.Namespace:
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """The options of every example."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", choices=["digits", "mnist"], default="digits")
-    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
-    parser.add_argument("--seeds", type=int, help="runs a method (default: digits 5, mnist 3)")
-    parser.add_argument("--epochs", type=int, help="default: digits 30, mnist 3")
-    parser.add_argument("--lr", type=float, default=0.1, help="peak of the schedule, all methods")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"of {', '.join(repr(name) for name in METHODS)} (default: all)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
+    parser.add_argument("--seeds", type=int, help="runs a method")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--lr", type=float, help="peak of the schedule (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("results"))
+    return parser
+
+
+def parse_options(description: str) -> argparse.Namespace:
+    """The options of an example that runs on scikit-learn's digits or on MNIST."""
+    parser = base_parser(description)
+    parser.add_argument(
+        "--data",
+        choices=["digits", "mnist"],
+        default="digits",
+        help="digits (by default 5 seeds of 30 epochs) or mnist (3 seeds of 3 epochs)",
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
+    parser.set_defaults(lr=0.1)
     options = parser.parse_args()
     if options.data == "mnist" and options.data_dir is None:
         parser.error("--data mnist needs --data-dir, a folder with train-images-idx3-ubyte.gz ...")
@@ -116,18 +139,23 @@ def parse_options(description: str) -> argparse.Namespace:
 def load(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images (n, height, width) in 0..1 and labels, then those for the test."""
     if options.data == "mnist":
-        return (
-            _idx(options.data_dir / "train-images-idx3-ubyte.gz") / 255,
-            _idx(options.data_dir / "train-labels-idx1-ubyte.gz").long(),
-            _idx(options.data_dir / "t10k-images-idx3-ubyte.gz") / 255,
-            _idx(options.data_dir / "t10k-labels-idx1-ubyte.gz").long(),
-        )
+        return read_mnist(options.data_dir)
     digits = load_digits()
     parts = train_test_split(
         digits.images / 16, digits.target, test_size=0.3, stratify=digits.target, random_state=0
     )
     train_x, test_x, train_y, test_y = map(torch.as_tensor, parts)
     return train_x.float(), train_y, test_x.float(), test_y
+
+
+def read_mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`load`, from the four IDX files."""
+    return (
+        _idx(folder / "train-images-idx3-ubyte.gz") / 255,
+        _idx(folder / "train-labels-idx1-ubyte.gz").long(),
+        _idx(folder / "t10k-images-idx3-ubyte.gz") / 255,
+        _idx(folder / "t10k-labels-idx1-ubyte.gz").long(),
+    )
 
 
 def _idx(path: Path) -> Tensor:
@@ -141,20 +169,45 @@ def _idx(path: Path) -> Tensor:
 
 
 class Encoder(nn.Sequential):
-    """Images (n, channels, height, width) to features (n, 64)."""
+    """Images (n, channels, height, width), pooled to a grid, to features (n, 64)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, grid: int = 2) -> None:
         super().__init__(
             nn.Conv2d(channels, 16, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
             nn.Conv2d(16, 32, 3, padding=1),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
+            nn.AdaptiveAvgPool2d(grid),
             nn.Flatten(),
-            nn.Linear(128, 64),
+            nn.Linear(32 * grid**2, 64),
             nn.ReLU(),
         )
+
+
+class LateFusion(nn.Module):
+    """An encoder and a head a modality, and a joint head on all features together.
+
+    Gives logits by head: ``mm`` and each modality. With ``joint`` only the joint head's loss
+    reaches the encoders.
+    """
+
+    def __init__(
+        self, encoders: Mapping[str, nn.Module], joint: bool, width: int = 64, classes: int = 10
+    ) -> None:
+        super().__init__()
+        self.joint = joint
+        self.encoders = nn.ModuleDict(encoders)
+        self.mm_head = nn.Linear(width * len(encoders), classes)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name in encoders})
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        pairs = zip(self.encoders.values(), inputs, strict=True)
+        features = [encoder(x) for encoder, x in pairs]
+        logits = {"mm": self.mm_head(torch.cat(features, dim=1))}
+        for (name, head), own in zip(self.heads.items(), features, strict=True):
+            logits[name] = head(own.detach() if self.joint else own)
+        return logits
 
 
 def compare(
@@ -167,75 +220,77 @@ def compare(
     ``make_model(joint)`` builds a model whose forward gives logits by head; with ``joint``
     only the joint head's loss reaches what the heads share.
     """
-    comparison = Comparison(options)
+    comparison = Comparison(options, {method: [] for method in options.methods})
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        total = len(METHODS) * options.seeds * options.epochs
+        total = len(options.methods) * options.seeds * options.epochs
         bar = progress.add_task("training", total=total)
-        for seed in range(options.seeds):
+        for seed in range(options.seed, options.seed + options.seeds):
             train_split, test_split = make_data(options, seed)
-            for method, integration in METHODS.items():
+            for method, runs in comparison.runs.items():
                 progress.update(bar, description=f"{method}, seed {seed}")
                 torch.manual_seed(seed)
                 model = make_model(method == JOINT)
                 sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-                optimizer = MMParetoOptimizer(sgd, integration=integration, gamma=GAMMA)
+                optimizer = MMParetoOptimizer(sgd, integration=METHODS[method], gamma=GAMMA)
                 steps = options.epochs * ceil(len(train_split) / BATCH_SIZE)
                 # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
                 schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
                 cosines: dict[str, list[Tensor]] = {}
                 for _ in range(options.epochs):
-                    train_epoch(model, optimizer, schedule, train_split, cosines)
+                    model.train()
+                    for batch in batches(train_split, torch.randperm(len(train_split))):
+                        train_step(model, optimizer, batch, cosines)
+                        schedule.step()
                     progress.advance(bar)
                 curves = {block: torch.stack(values).tolist() for block, values in cosines.items()}
-                comparison.runs[method].append(Run(accuracy(model, test_split), curves))
+                order = torch.arange(len(test_split))
+                runs.append(Run(accuracy(model, batches(test_split, order, 1000)), curves))
     return comparison
 
 
-def train_epoch(
-    model: nn.Module,
-    optimizer: MMParetoOptimizer,
-    schedule: OneCycleLR,
-    split: Split,
-    cosines: dict[str, list[Tensor]],
+def batches(split: Split, order: Tensor, size: int = BATCH_SIZE) -> Iterator[Split]:
+    return (split[index] for index in order.split(size))
+
+
+def train_step(
+    model: nn.Module, optimizer: MMParetoOptimizer, batch: Split, cosines: dict[str, list[Tensor]]
 ) -> None:
-    model.train()
-    for index in torch.randperm(len(split)).split(BATCH_SIZE):
-        batch = split[index]
-        logits = model(*batch.inputs)
-        losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
-        optimizer.zero_grad()
-        optimizer.step(losses=losses)
-        schedule.step()
-        for block, stats in optimizer.stats.items():
-            cosines.setdefault(block, []).append(stats.cosine)
+    logits = model(*batch.inputs)
+    losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
+    optimizer.zero_grad()
+    optimizer.step(losses=losses)
+    for block, stats in optimizer.stats.items():
+        cosines.setdefault(block, []).append(stats.cosine)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, split: Split) -> dict[str, float]:
+def accuracy(model: nn.Module, test: Iterable[Split]) -> dict[str, float]:
     model.eval()
+    seen = 0
     right: dict[str, int] = {}
-    for index in torch.arange(len(split)).split(1000):
-        batch = split[index]
+    for batch in test:
+        seen += len(batch)
         for head, logits in model(*batch.inputs).items():
             hits = int((logits.argmax(-1) == batch.labels[head]).sum())
             right[head] = right.get(head, 0) + hits
-    return {head: 100 * hits / len(split) for head, hits in right.items()}
+    return {head: 100 * hits / seen for head, hits in right.items()}
 
 
 def report(
     comparison: Comparison,
     name: str,
+    data: str,
     heads: Mapping[str, str],
     blocks: Mapping[str, str],
     started: float,
 ) -> Path:
     """Print the tables (column titles by head and by block) and save the runs as JSON."""
     options = comparison.options
-    title = f"{options.data}, {options.seeds} seeds: test accuracy in %, mean ± std"
+    title = f"{data}, {options.seeds} seeds: test accuracy in %, mean ± std"
     accuracies = Table("", *heads.values(), title=title)
     conflicts = Table("", *blocks.values(), title="Steps in conflict (cos < 0) in %")
-    for method in METHODS:
+    for method in comparison.runs:
         summaries = [comparison.summary(method, head) for head in heads]
         accuracies.add_row(
             method, *(f"{middle:.2f} ± {spread:.2f}" for middle, spread in summaries)
@@ -247,7 +302,7 @@ def report(
     console.print(accuracies, conflicts)
 
     options.output.mkdir(parents=True, exist_ok=True)
-    path: Path = options.output / f"{name}_{options.data}"
+    path: Path = options.output / f"{name}_{data}"
     settings = {key: str(value) for key, value in vars(options).items()}
     runs = {
         method: [{"accuracy": run.accuracy, "cosines": run.cosines} for run in runs]
@@ -263,7 +318,7 @@ def report(
 def plot_cosines(axes: Axes, comparison: Comparison, block: str) -> None:
     """Cosine over training of the methods that keep several losses: mean and std over seeds."""
     for number, method in enumerate(METHODS):
-        if method not in ("uniform", "MMPareto"):
+        if method not in ("uniform", "MMPareto") or method not in comparison.runs:
             continue
         cosines = np.array([run.cosines[block] for run in comparison.runs[method]])
         window = max(1, cosines.shape[1] // 50)
@@ -277,3 +332,24 @@ def plot_cosines(axes: Axes, comparison: Comparison, block: str) -> None:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("epoch")
     axes.legend(fontsize="small")
+
+
+def plot_modalities(
+    comparison: Comparison, heads: Mapping[str, str], blocks: Mapping[str, str], path: Path
+) -> None:
+    """Accuracy of each head as bars, then the cosine in each block over training."""
+    size = (5 + 4 * len(blocks), 4)
+    figure, (left, *others) = plt.subplots(1, 1 + len(blocks), figsize=size, layout="constrained")
+    places = np.arange(len(heads))
+    for number, method in enumerate(comparison.runs):
+        means, spreads = zip(*(comparison.summary(method, head) for head in heads), strict=True)
+        left.bar(places + 0.16 * (number - 2), means, 0.16, yerr=spreads, capsize=2, label=method)
+    left.set_xticks(places, list(heads.values()))
+    left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+
+    for axes, (block, part) in zip(others, blocks.items(), strict=True):
+        plot_cosines(axes, comparison, block)
+        axes.set_title(f"cos(joint, unimodal gradient), {part}")
+    figure.savefig(path, dpi=120)
+    print(f"Picture: {path}")

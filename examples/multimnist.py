@@ -18,7 +18,6 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import torch
 from common import (
-    METHODS,
     Comparison,
     Encoder,
     Split,
@@ -80,7 +79,7 @@ def _overlay(images: Tensor, labels: Tensor, generator: torch.Generator) -> Spli
 
 def plot(comparison: Comparison, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(comparison.runs):
         left.scatter(*(comparison.accuracies(method, head) for head in HEADS), s=12, alpha=0.5)
         (x, x_spread), (y, y_spread) = (comparison.summary(method, head) for head in HEADS)
         left.errorbar(x, y, y_spread, x_spread, fmt="o", color=f"C{number}", label=method)
@@ -97,7 +96,7 @@ def main() -> None:
     started = perf_counter()
     options = parse_options(__doc__.split("\n")[0])
     comparison = compare(options, make_data, SharedTrunk)
-    path = report(comparison, "multimnist", HEADS, BLOCKS, started)
+    path = report(comparison, "multimnist", options.data, HEADS, BLOCKS, started)
     plot(comparison, path)
     print(f"Picture: {path}")
 
