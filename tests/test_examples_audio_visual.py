@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from tests.test_examples import EXAMPLES, METHODS, run
 
@@ -25,11 +27,15 @@ from audio_visual_digits import (
     read_speech,
     split_recordings,
 )
+from multimodal_transformer import BottleneckTransformer
+
+from mmpareto_optim import MMParetoOptimizer
 
 SPEAKERS = ("ada", "ben", "eva")
 TAKES = 12
 BLOCKS = {
     "audio_visual_digits": {"mm+audio", "mm+visual"},
+    "multimodal_transformer": {"mm+audio+visual", "mm+audio", "mm+visual"},
 }
 
 
@@ -151,6 +157,25 @@ def test_mel_filters_cover_all_frequencies() -> None:
     peaks = filters.argmax(1)
     assert (peaks.diff() > 0).all()
     assert (filters >= 0).all()
+
+
+def test_the_unimodal_losses_reach_both_encoders_of_the_transformer() -> None:
+    model = BottleneckTransformer(joint=False)
+    optimizer = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    inputs = torch.randn(3, 1, 32, 48), torch.randn(3, 1, 28, 28)
+    label = torch.tensor([1, 2, 3])
+
+    def losses() -> dict[str, Tensor]:
+        return {head: cross_entropy(x, label) for head, x in model(*inputs).items()}
+
+    optimizer.backward(losses())
+    found = {name: stats.objectives for name, stats in optimizer.stats.items()}
+    assert found == {name: tuple(name.split("+")) for name in BLOCKS["multimodal_transformer"]}
+    for modality in ("audio", "visual"):
+        for head in ("mm", "audio", "visual"):
+            params = list(model.tokens[modality].parameters())
+            grads = torch.autograd.grad(losses()[head], params)
+            assert all(bool(grad.abs().sum() > 0) for grad in grads), (modality, head)
 
 
 def test_without_data_it_says_how_to_get_it(tmp_path: Path) -> None:
