@@ -201,13 +201,18 @@ class LateFusion(nn.Module):
         self.mm_head = nn.Linear(width * len(encoders), classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name in encoders})
 
-    def forward(self, *inputs: Tensor) -> Tensors:
-        pairs = zip(self.encoders.values(), inputs, strict=True)
-        features = [encoder(x) for encoder, x in pairs]
-        logits = {"mm": self.mm_head(torch.cat(features, dim=1))}
-        for (name, head), own in zip(self.heads.items(), features, strict=True):
-            logits[name] = head(own.detach() if self.joint else own)
+    def features(self, *inputs: Tensor) -> Tensors:
+        pairs = zip(self.encoders.items(), inputs, strict=True)
+        return {name: encoder(x) for (name, encoder), x in pairs}
+
+    def logits(self, features: Tensors) -> Tensors:
+        logits = {"mm": self.mm_head(torch.cat(list(features.values()), dim=1))}
+        for name, head in self.heads.items():
+            logits[name] = head(features[name].detach() if self.joint else features[name])
         return logits
+
+    def forward(self, *inputs: Tensor) -> Tensors:
+        return self.logits(self.features(*inputs))
 
 
 def compare(

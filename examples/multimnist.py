@@ -45,16 +45,18 @@ class SharedTrunk(nn.Module):
         self.left, self.right = nn.Linear(64, 10), nn.Linear(64, 10)
         self.pair = nn.Linear(64, 100) if joint else None
 
-    def forward(self, image: Tensor) -> Tensors:
-        features = self.trunk(image)
+    def features(self, image: Tensor) -> Tensors:
+        return {"trunk": self.trunk(image)}
+
+    def logits(self, features: Tensors) -> Tensors:
+        trunk = features["trunk"]
         if self.pair is None:
-            return {"left": self.left(features), "right": self.right(features)}
-        fixed = features.detach()
-        return {
-            "pair": self.pair(features),
-            "left": self.left(fixed),
-            "right": self.right(fixed),
-        }
+            return {"left": self.left(trunk), "right": self.right(trunk)}
+        fixed = trunk.detach()
+        return {"pair": self.pair(trunk), "left": self.left(fixed), "right": self.right(fixed)}
+
+    def forward(self, image: Tensor) -> Tensors:
+        return self.logits(self.features(image))
 
 
 def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:

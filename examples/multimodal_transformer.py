@@ -91,7 +91,7 @@ class BottleneckTransformer(nn.Module):
         self.mm_head = nn.Linear(2 * WIDTH, 10)
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, 10) for name in TOKENS})
 
-    def forward(self, audio: Tensor, visual: Tensor) -> Tensors:
+    def features(self, audio: Tensor, visual: Tensor) -> Tensors:
         inputs = {"audio": audio, "visual": visual}
         tokens = {name: embed(inputs[name]) for name, embed in self.tokens.items()}
         bottlenecks = self.bottlenecks.expand(len(audio), -1, -1)
@@ -99,11 +99,16 @@ class BottleneckTransformer(nn.Module):
             tokens = layer(tokens)
         for layer in self.fused:
             tokens, bottlenecks = layer.fused(tokens, bottlenecks)
-        features = {name: norm(tokens[name][:, 0]) for name, norm in self.norms.items()}
+        return {name: norm(tokens[name][:, 0]) for name, norm in self.norms.items()}
+
+    def logits(self, features: Tensors) -> Tensors:
         logits = {"mm": self.mm_head(torch.cat(list(features.values()), dim=1))}
         for name, head in self.heads.items():
             logits[name] = head(features[name].detach() if self.joint else features[name])
         return logits
+
+    def forward(self, audio: Tensor, visual: Tensor) -> Tensors:
+        return self.logits(self.features(audio, visual))
 
 
 def main() -> None:
