@@ -1,14 +1,19 @@
 """Gradients of every dtype, layout and length, through the public API."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
+from mmpareto_optim.blocks import Block
+from mmpareto_optim.gradients import Gradient
+from mmpareto_optim.integration import Method, integrate
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -162,3 +167,33 @@ def test_equal_zero_and_opposite_gradients(rescale: str) -> None:
             assert param.grad.isfinite().all()
             continue
         torch.testing.assert_close(param.grad, expected)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are more than a view: on a GPU each is a kernel or several."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        aliases = [value.alias_info for value in func._schema.returns]
+        self.count += not any(alias and not alias.is_write for alias in aliases)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("integration", ["mmpareto", "uniform"])
+def test_launches_do_not_grow_with_the_number_of_parameters(integration: Any) -> None:
+    counts = []
+    for number in (3, 60):
+        block = Block("audio", ("mm", "audio"), tuple(range(number)), integrated=True)
+        for _ in range(2):  # the first step plans the layout
+            with torch.device("meta"):
+                params = [nn.Parameter(torch.zeros(7, 5)) for _ in range(number)]
+                rows: dict[str, Gradient] = {
+                    name: [torch.zeros(7, 5) for _ in params] for name in block.objectives
+                }
+            with torch.no_grad(), Launches() as launches:  # type: ignore[no-untyped-call]
+                integrate([block], params, rows, Method(integration, 1.5, "encoder"), keep=False)
+        counts.append(launches.count)
+    assert counts[0] == counts[1] > 0

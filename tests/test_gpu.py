@@ -36,6 +36,60 @@ def test_a_step_does_not_wait_for_the_device(rescale: str, request: pytest.Fixtu
         opt.step(losses=model.losses(batch))  # type: ignore[arg-type]
 
 
+def test_a_feature_space_step_does_not_wait_for_the_device(
+    request: pytest.FixtureRequest,
+) -> None:
+    model = LateFusion().cuda()
+    spec, image, label = (tensor.cuda() for tensor in audio_visual_batch())
+    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step() -> None:
+        features = model.features((spec, image, label))
+        opt.zero_grad()
+        opt.step(losses=model.losses_at(features, label), features=features)
+
+    step()
+    request.getfixturevalue("sync_is_an_error")
+    for _ in range(3):
+        step()
+
+
+@pytest.mark.parametrize("by_features", [False, True])
+def test_a_whole_step_in_a_cuda_graph(by_features: bool) -> None:
+    torch.manual_seed(0)
+    model = LateFusion().cuda()
+    batch = audio_visual_batch()
+    spec, image, label = (tensor.cuda() for tensor in batch)
+    opt = MMParetoOptimizer(torch.optim.Adam(model.parameters(), lr=0.01, capturable=True))
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def step() -> None:
+        features = model.features((spec, image, label))
+        losses = model.losses_at(features, label)
+        opt.zero_grad()
+        opt.step(losses=losses, features=features if by_features else None)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = []
+    for replay in (graph.replay, step):
+        model.load_state_dict(start)
+        for state in opt.state.values():
+            for value in state.values():
+                value.zero_()
+        for _ in range(3):
+            replay()
+        captured.append([param.detach().clone() for param in model.parameters()])
+    torch.testing.assert_close(*captured)
+
+
 def test_same_parameters_as_on_the_cpu() -> None:
     results = []
     for device in ("cpu", "cuda"):

@@ -363,6 +363,18 @@ def test_a_whole_step_reads_nothing_back_to_the_host(options: dict[str, Any]) ->
     assert opt.stats["mm+audio"].scale.device.type == "meta"
 
 
+def test_a_whole_feature_space_step_reads_nothing_back_to_the_host() -> None:
+    with torch.device("meta"):
+        model, batch = LateFusion(), (torch.empty(4, 5), torch.empty(4, 7))
+        label = torch.empty(4, dtype=torch.long)
+        opt = wrapped_sgd(model)
+        for _ in range(2):
+            features = model.features((*batch, label))
+            opt.zero_grad()
+            opt.step(losses=model.losses_at(features, label), features=features)
+    assert opt.stats["audio"].scale.device.type == "meta"
+
+
 def test_the_encoders_graphs_are_freed() -> None:
     model, batch = LateFusion(), audio_visual_batch()
     losses = model.losses(batch)
