@@ -2,11 +2,15 @@
 
     python benchmarks/step_time.py            # TorchJD is measured where it is installed
     python benchmarks/step_time.py --rounds 3 --cases "mlp, batch 16"
+    python benchmarks/step_time.py --device cuda --output benchmarks/RESULTS_CUDA.md
 
 Medians over interleaved rounds, each with the middle half of its distribution; ratios are
 medians of the ratios within a round, so that slow moments of the machine cancel out. Peak
-memory is what a process of its own, in four steps of one method, takes beyond the model and
-the batch; what PyTorch loads on first use is in it.
+memory is what four steps of one method take beyond the model and the batch: on the CPU of a
+process of its own, with what PyTorch loads on first use; on a GPU what is allocated.
+
+On a GPU a step is timed until the device has finished it. Methods that never wait for the
+device are timed once more as CUDA graphs: the device's time without that of Python.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from methods import METHODS
+from methods import METHODS, Step
 from models import Inputs, LateFusion, build
 from rich.progress import track
 
 FOLDER = Path(__file__).parent
-CASES: dict[str, tuple[str, int, int | None, int]] = {  # model, batch, width, rounds
+Case = tuple[str, int, int | None, int]
+"""Model, batch, width, rounds."""
+CPU_CASES: dict[str, Case] = {
     "mlp, batch 16": ("mlp", 16, 64, 300),
     "mlp, batch 256": ("mlp", 256, 64, 300),
     "mlp, width 512, batch 16": ("mlp", 16, 512, 200),
@@ -39,52 +45,93 @@ CASES: dict[str, tuple[str, int, int | None, int]] = {  # model, batch, width, r
     "two ResNet-18, batch 4": ("resnet18", 4, None, 10),
     "two ResNet-18, batch 16": ("resnet18", 16, None, 10),
 }
+CUDA_CASES: dict[str, Case] = {
+    "mlp, batch 16": ("mlp", 16, 64, 100),
+    "transformer, batch 16": ("transformer", 16, 256, 50),
+    "transformer, width 1024, batch 64": ("transformer", 64, 1024, 30),
+    "two ResNet-18, batch 16": ("resnet18", 16, None, 50),
+    "two ResNet-18, batch 64": ("resnet18", 64, None, 50),
+}
+CASES = CPU_CASES | CUDA_CASES
 FLOOR, UNIFORM = "two-backward floor", "uniform"
+GRAPH = ", as a CUDA graph"
+WAITING = ("authors' procedure", "TorchJD (MGDA)")
+"""They look at numbers on the device, which no graph can."""
 
 
 def methods() -> list[str]:
     return [m for m in METHODS if "TorchJD" not in m or importlib.util.find_spec("torchjd")]
 
 
-def setting(case: str) -> tuple[LateFusion, Inputs]:
+def setting(case: str, device: torch.device) -> tuple[LateFusion, Inputs]:
     name, batch, width, _ = CASES[case]
     torch.manual_seed(0)
-    return build(name, batch, width)
+    model, (spec, image, label) = build(name, batch, width)
+    return model.to(device), (spec.to(device), image.to(device), label.to(device))
 
 
 def peak_here(case: str, method: str) -> float:
     """MB that four steps take in this process; ask in a fresh one."""
-    step = METHODS[method](*setting(case))
+    step = METHODS[method](*setting(case, torch.device("cpu")))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(4):
         step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def peak(case: str, method: str) -> float:
-    command = [sys.executable, __file__, "--peak", case, method]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+def peak(case: str, method: str, device: torch.device) -> float:
+    if device.type == "cpu":
+        command = [sys.executable, __file__, "--peak", case, method]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    step = METHODS[method](*setting(case, device))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(4):
+        step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph; the function that replays it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step, by method."""
-    model, inputs = setting(case)
+    model, inputs = setting(case, device)
     usual = CASES[case][-1]
     steps = {method: METHODS[method](deepcopy(model), inputs) for method in methods()}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if device.type == "cuda":
+        for method in methods():
+            if method not in WAITING:
+                steps[method + GRAPH] = captured(METHODS[method](deepcopy(model), inputs))
     seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(2):
+    for _ in range(3):
         for step in steps.values():
             step()
     for _ in track(range(rounds or usual), description=case):
         for method, step in steps.items():
+            wait()
             started = perf_counter()
             step()
+            wait()
             seconds[method].append(perf_counter() - started)
     return seconds
 
 
 def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
-    parameters = sum(param.numel() for param in setting(case)[0].parameters())
+    model, _ = setting(case, torch.device("cpu"))
+    parameters = sum(param.numel() for param in model.parameters())
     lines = [
         f"## {case}\n",
         f"{parameters / 1e6:.2f} M parameters.\n",
@@ -93,20 +140,24 @@ def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -
     ]
     for method, times in seconds.items():
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
-        ratios = [np.median(np.divide(times, seconds[other])) for other in (UNIFORM, FLOOR)]
+        way = GRAPH if method.endswith(GRAPH) else ""
+        ratios = [np.median(np.divide(times, seconds[other + way])) for other in (UNIFORM, FLOOR)]
+        megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
         spread = f"{low:.2f} to {high:.2f}"
         lines.append(
             f"| {method} | {middle:.2f} | {spread} | {ratios[0]:.2f} | {ratios[1]:.3f} "
-            f"| {peaks[method]:.0f} |"
+            f"| {megabytes} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: those of the device")
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
+    parser.add_argument("--commit", default="unknown", help="where this is no git checkout")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help="print MB and end")
     options = parser.parse_args()
     if options.peak:
@@ -115,22 +166,26 @@ def main() -> None:
 
     git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    device = options.device
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    results = {case: measure(case, options.rounds) for case in options.cases}
-    peaks = {case: {method: peak(case, method) for method in methods()} for case in options.cases}
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    cases = options.cases or list(CUDA_CASES if device.type == "cuda" else CPU_CASES)
+    results = {case: measure(case, options.rounds, device) for case in cases}
+    peaks = {case: {method: peak(case, method, device) for method in methods()} for case in cases}
     head = (
         "# Time and memory of one training step\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
-        f"{commit}. Written by `benchmarks/step_time.py`; its docstring says how ratios are made.\n"
-        "The *floor* makes the same autograd calls and merely adds the gradients. Not measured: "
-        "CUDA.\n"
+        f"{commit or options.commit}. Written by `benchmarks/step_time.py`; its docstring says how "
+        "ratios are made.\nThe *floor* makes the same autograd calls and merely adds the "
+        "gradients.\n"
     )
     tables = (table(case, seconds, peaks[case]) for case, seconds in results.items())
     options.output.write_text("\n".join([head, *tables]))
     document = {
         "machine": machine,
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit or options.commit,
         "s": results,
         "peak_mb": peaks,
     }
