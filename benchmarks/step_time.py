@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import platform
-import resource
 import subprocess
 import sys
 from copy import deepcopy
@@ -52,7 +51,6 @@ CUDA_CASES: dict[str, Case] = {
     "two ResNet-18, batch 16": ("resnet18", 16, None, 50),
     "two ResNet-18, batch 64": ("resnet18", 64, None, 50),
 }
-CASES = CPU_CASES | CUDA_CASES
 FLOOR, UNIFORM = "two-backward floor", "uniform"
 GRAPH = ", as a CUDA graph"
 WAITING = ("authors' procedure", "TorchJD (MGDA)")
@@ -63,20 +61,30 @@ def methods() -> list[str]:
     return [m for m in METHODS if "TorchJD" not in m or importlib.util.find_spec("torchjd")]
 
 
+def cases_of(device: torch.device) -> dict[str, Case]:
+    return CUDA_CASES if device.type == "cuda" else CPU_CASES
+
+
 def setting(case: str, device: torch.device) -> tuple[LateFusion, Inputs]:
-    name, batch, width, _ = CASES[case]
+    name, batch, width, _ = cases_of(device)[case]
     torch.manual_seed(0)
     model, (spec, image, label) = build(name, batch, width)
     return model.to(device), (spec.to(device), image.to(device), label.to(device))
 
 
+def resident_high_water() -> float:
+    """MB. Not getrusage's, which begins at that of the process which started this one."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def peak_here(case: str, method: str) -> float:
     """MB that four steps take in this process; ask in a fresh one."""
     step = METHODS[method](*setting(case, torch.device("cpu")))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_high_water()
     for _ in range(4):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return resident_high_water() - before
 
 
 def peak(case: str, method: str, device: torch.device) -> float:
@@ -108,7 +116,7 @@ def captured(step: Step) -> Step:
 def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each step, by method."""
     model, inputs = setting(case, device)
-    usual = CASES[case][-1]
+    usual = cases_of(device)[case][-1]
     steps = {method: METHODS[method](deepcopy(model), inputs) for method in methods()}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
@@ -129,8 +137,10 @@ def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, li
     return seconds
 
 
-def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
-    model, _ = setting(case, torch.device("cpu"))
+def table(
+    case: str, device: torch.device, seconds: dict[str, list[float]], peaks: dict[str, float]
+) -> str:
+    model, _ = setting(case, device)
     parameters = sum(param.numel() for param in model.parameters())
     lines = [
         f"## {case}\n",
@@ -154,7 +164,9 @@ def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: those of the device")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CPU_CASES | CUDA_CASES, help="default: those of the device"
+    )
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
     parser.add_argument("--commit", default="unknown", help="where this is no git checkout")
@@ -170,7 +182,7 @@ def main() -> None:
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    cases = options.cases or list(CUDA_CASES if device.type == "cuda" else CPU_CASES)
+    cases = options.cases or list(cases_of(device))
     results = {case: measure(case, options.rounds, device) for case in cases}
     peaks = {case: {method: peak(case, method, device) for method in methods()} for case in cases}
     head = (
@@ -180,7 +192,7 @@ def main() -> None:
         "ratios are made.\nThe *floor* makes the same autograd calls and merely adds the "
         "gradients.\n"
     )
-    tables = (table(case, seconds, peaks[case]) for case, seconds in results.items())
+    tables = (table(case, device, seconds, peaks[case]) for case, seconds in results.items())
     options.output.write_text("\n".join([head, *tables]))
     document = {
         "machine": machine,

@@ -13,6 +13,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config
+from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mmpareto_optim import MMParetoOptimizer, loss_slices
@@ -29,6 +31,8 @@ OPTIONAL = {
     "import TrainingArguments": "transformers",
     "UPGradWeighting": "quadprog",
 }
+# Of the compiler's own.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 SCREEN = 45
 
 
@@ -71,6 +75,15 @@ def _somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def _quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Autograd as with inductor, without its compiler; and its settings as they were."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    with config.patch(donated_buffer=True):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def _fresh_accelerate() -> Iterator[None]:
     yield
     try:
@@ -80,7 +93,7 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("_fresh_accelerate", "_quick_compiler")
 @pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.stem)
 def test_a_recipe(page: Path, steps: list[type]) -> None:
     blocks = code_of(page)
@@ -106,6 +119,13 @@ def readme_names() -> dict[str, Any]:
     namespace = start()
     model, losses_of, data = (namespace[name] for name in ("model", "losses_of", "data"))
     batch = data[:]
+    spec, image, label = batch
+    z_audio, z_visual = model.audio(spec).relu(), model.visual(image).relu()
+    logits = {
+        "mm": model.mm_head(torch.cat([z_audio, z_visual], 1)),
+        "audio": model.audio_head(z_audio),
+        "visual": model.visual_head(z_visual),
+    }
 
     def train(model: nn.Module, opt: MMParetoOptimizer, loader: Any) -> None:
         for batch in loader:
@@ -121,7 +141,9 @@ def readme_names() -> dict[str, Any]:
         "train_loss": lambda: losses_of(model, batch)["mm"],
         "other": loss_slices(model, lambda: losses_of(model, batch)["mm"]),
         "base": torch.optim.SGD(model.parameters(), lr=0.1),
-        "losses": losses_of(model, data[:]),
+        "z_audio": z_audio,
+        "z_visual": z_visual,
+        "losses": {name: cross_entropy(output, label) for name, output in logits.items()},
         "scaler": torch.amp.GradScaler("cpu"),
     }
 
