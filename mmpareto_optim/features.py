@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block
+from mmpareto_optim.distributed import Constants, Processes
 from mmpareto_optim.gradients import Gradient, gradients_of
 from mmpareto_optim.graph import (
     Edge,
-    check_not_compiled_together,
+    check_not_blurred,
     edge_of,
     edges_behind,
     leaves_of,
 )
-from mmpareto_optim.integration import Method, integrate
+from mmpareto_optim.integration import ONE_PROCESS, Method, Ranks, integrate
 from mmpareto_optim.stats import BlockStats
 
 ENCODERS = "(encoders)"
@@ -55,6 +56,8 @@ def gradients_by_features(
     params: Sequence[Tensor],
     method: Method,
     describe: Callable[[Tensor], str],
+    processes: Processes | None,
+    constants: Constants,
 ) -> tuple[dict[str, Gradient], dict[str, BlockStats]]:
     """Integrate the losses' gradients at the features and send the result through the encoders.
 
@@ -64,6 +67,8 @@ def gradients_by_features(
         params: leaf tensors that require a gradient.
         method: how the gradients at one feature are integrated.
         describe: a parameter's name for error messages.
+        processes: those that integrate as one, each with features of its own examples.
+        constants: what must not differ between them.
 
     Returns:
         For each loss its gradient with respect to the parameters that are not behind a
@@ -78,14 +83,18 @@ def gradients_by_features(
     if len(edges) < len(features):
         raise ValueError(f"two of the features {list(features)} are the same tensor: give it once")
     behind = _leaves_behind(features, edges)
-    check_not_compiled_together(losses, edges)
+    check_not_blurred(losses, edges)
     _check_not_around(losses, edges, behind.intersection(params), describe)
     heads = [position for position, param in enumerate(params) if param not in behind]
     targets = [*features.values(), *(params[position] for position in heads)]
 
     found = gradients_of(losses, targets, describe)
     at_features = {name: gradient[: len(features)] for name, gradient in found.items()}
-    integrated, stats = _integrated_at(features, at_features, method)
+    ranks = ONE_PROCESS
+    if processes is not None:
+        at_features = processes.unite(at_features, list(features.values()), constants)
+        ranks = Ranks(total=processes.grams_of_means, same=processes.same)
+    integrated, stats = _integrated_at(features, at_features, method, ranks)
     rows: dict[str, Gradient] = {}
     for name, gradient in found.items():
         rows[name] = [None] * len(params)
@@ -143,7 +152,7 @@ def _check_not_around(
 
 
 def _integrated_at(
-    features: Mapping[str, Tensor], gradients: dict[str, Gradient], method: Method
+    features: Mapping[str, Tensor], gradients: dict[str, Gradient], method: Method, ranks: Ranks
 ) -> tuple[list[Tensor], dict[str, BlockStats]]:
     blocks = []
     for position, feature in enumerate(features):
@@ -155,5 +164,5 @@ def _integrated_at(
             )
         blocks.append(Block(feature, tuple(reaching), (position,), integrated=len(reaching) > 1))
     outputs = [feature.detach() for feature in features.values()]
-    combined, stats = integrate(blocks, outputs, gradients, method, keep=False)
+    combined, stats = integrate(blocks, outputs, gradients, method, keep=False, ranks=ranks)
     return [combined[position] for position in range(len(outputs))], stats

@@ -1,6 +1,7 @@
 """One gradient per loss, by one ``torch.autograd.grad`` call each."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from mmpareto_optim.graph import edge_of, edges_behind
 
 Gradient = list[Tensor | None]
 """One tensor for each parameter, None where the loss does not reach it."""
+
+Differentiate = Callable[..., Sequence[Tensor | None]]
+"""A loss, parameters and whether to ``retain_graph``, by name, to the loss's gradient."""
+
+
+def by_autograd(
+    loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradient of a loss, with no trace in ``.grad`` and no hook of a module run."""
+    if not params:
+        return []
+    return torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
 
 
 def check_losses(losses: Any) -> None:
@@ -41,7 +54,10 @@ def check_losses(losses: Any) -> None:
 
 
 def gradients_of(
-    losses: Mapping[str, Tensor], params: Sequence[Tensor], describe: Callable[[Tensor], str]
+    losses: Mapping[str, Tensor],
+    params: Sequence[Tensor],
+    describe: Callable[[Tensor], str],
+    differentiate: Differentiate = by_autograd,
 ) -> dict[str, Gradient]:
     """Differentiate each loss by the parameters.
 
@@ -50,6 +66,7 @@ def gradients_of(
             reach lives until the losses do not. Put the joint loss first.
         params: leaf tensors that require a gradient.
         describe: a parameter's name for error messages.
+        differentiate: how the gradient of one loss is found.
 
     Returns:
         For each loss one gradient for each parameter. These tensors may share memory with
@@ -67,7 +84,8 @@ def gradients_of(
     # it, and the joint loss is usually named first.
     for name in reversed(names):
         retain_graph = name != names[0]
-        found[name] = _differentiate(name, losses[name], params, retain_graph=retain_graph)
+        run = partial(differentiate, losses[name], params, retain_graph=retain_graph)
+        found[name] = _named(name, run)
         for param, gradient in zip(params, found[name], strict=True):
             if gradient is not None and gradient.layout != torch.strided:
                 raise TypeError(
@@ -79,13 +97,10 @@ def gradients_of(
     return {name: found[name] for name in names}
 
 
-def _differentiate(
-    name: str, loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool
-) -> Gradient:
-    if not params:
-        return []
+def _named(name: str, run: Callable[[], Sequence[Tensor | None]]) -> Gradient:
+    """The gradient that ``run`` finds; errors of autograd name the loss and the mend."""
     try:
-        found = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
+        return list(run())
     except RuntimeError as error:
         if "second time" in str(error):
             raise RuntimeError(
@@ -101,7 +116,6 @@ def _differentiate(
                 "torch._functorch.config.donated_buffer = False before the first backward"
             ) from error
         raise
-    return list(found)
 
 
 def _check_not_reentrant(losses: Mapping[str, Tensor]) -> None:

@@ -37,28 +37,42 @@ def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
     return {node.variable for node, _ in edges if node.name() == "torch::autograd::AccumulateGrad"}
 
 
-def check_not_compiled_together(losses: Mapping[str, Tensor], stops: Container[Edge] = ()) -> None:
-    """Raise if ``torch.compile`` hides which loss reaches which parameter.
+BLURRING = {
+    "CompiledFunctionBackward": (
+        "different outputs of one region that torch.compile compiled",
+        "compile each encoder and each head for itself, as in "
+        "model.audio = torch.compile(model.audio)",
+    ),
+    "RegisterPostBackwardFunctionBackward": (
+        "different inputs of one module that fully_shard sharded",
+        "shard each encoder and each head for itself, as in fully_shard(model.audio_head)",
+    ),
+}
+"""Nodes that give zeros, not None, for what a loss does not reach: what they are, the mend."""
+
+
+def check_not_blurred(losses: Mapping[str, Tensor], stops: Container[Edge] = ()) -> None:
+    """Raise if ``torch.compile`` or FSDP2 hides which loss reaches which parameter.
 
     The backward of a compiled region gives zeros, not None, for what an output does not
-    depend on, so that every loss seems to reach all that is in it.
+    depend on, so that every loss seems to reach all that is in it; so does that of a sharded
+    module for those of its inputs that a loss does not depend on.
 
     Raises:
-        ValueError: two losses reach different outputs of one region; names them.
+        ValueError: two losses reach different parts of one region; names them.
     """
     reaching: dict[Any, dict[int, set[str]]] = {}
     for name, loss in losses.items():
         for edge in edges_behind([edge_of(loss)], stops):
             node, output = edge
-            if edge not in stops and node.name() == "CompiledFunctionBackward":
+            if edge not in stops and node.name() in BLURRING:
                 reaching.setdefault(node, {}).setdefault(output, set()).add(name)
-    for outputs in reaching.values():
+    for node, outputs in reaching.items():
+        place, mend = BLURRING[node.name()]
         for one, other in combinations(outputs.values(), 2):
             if one != other:
                 raise ValueError(
-                    f"losses {sorted(one)} and {sorted(other)} go through different outputs of one "
-                    "region that torch.compile compiled, which hides which parameters each of them "
-                    "reaches: compile each encoder and each head for itself, as in "
-                    "model.audio = torch.compile(model.audio), or name the blocks of "
+                    f"losses {sorted(one)} and {sorted(other)} go through {place}, which hides "
+                    f"which parameters each of them reaches: {mend}, or name the blocks of "
                     "integration='mmpareto' with param_groups_by_modality"
                 )

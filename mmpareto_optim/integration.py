@@ -1,6 +1,6 @@
 """From several gradients for each parameter to one: blocks, coefficients, combination."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from mmpareto_optim.rules import (
     uniform_coefficients,
     unstretched_coefficients,
 )
+from mmpareto_optim.sharded import ShardedBlock
 from mmpareto_optim.stats import BlockStats
 
 Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
@@ -31,6 +32,32 @@ class Method:
     rescale: Literal["encoder", "tensor"]
 
 
+Flat = FlatBlock | ShardedBlock
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How several processes integrate as one.
+
+    Attributes:
+        flat: makes flat rows of a block's gradients, as :class:`FlatBlock` does.
+        total: from this rank's Gram matrices to those of the whole.
+        same: from what a function of the user's returned here to what all ranks take: it may
+            be random.
+    """
+
+    flat: Callable[..., Flat] = FlatBlock
+    total: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
+    same: Callable[[Tensor], Tensor] = _itself
+
+
+ONE_PROCESS = Ranks()
+
+
 def integrate(
     blocks: Sequence[Block],
     params: Sequence[Tensor],
@@ -38,6 +65,7 @@ def integrate(
     method: Method,
     *,
     keep: bool,
+    ranks: Ranks = ONE_PROCESS,
 ) -> tuple[dict[int, Tensor], dict[str, BlockStats]]:
     """One gradient for each parameter that is in a block.
 
@@ -47,6 +75,7 @@ def integrate(
         rows: for each objective its gradient, one tensor or None for each of ``params``.
         method: how the blocks that are to be integrated are; the others' rows are added.
         keep: whether ``rows`` are needed afterwards; otherwise they are emptied.
+        ranks: how several processes do it as one.
 
     Returns:
         By position one new tensor in the parameter's shape, and by name what was seen of
@@ -56,15 +85,17 @@ def integrate(
         ValueError: an integration function of the user's returns another shape, or has a
             ``reset()`` and would serve several blocks.
     """
-    gradients = _of_one_objective(blocks, params, rows, keep=keep)
-    flats: dict[Block, FlatBlock] = {}
+    gradients = _of_one_objective(blocks, params, rows, keep=keep, flat=ranks.flat)
+    flats: dict[Block, Flat] = {}
     for block in blocks:
         if len(block.objectives) > 1:
             taken = [_take(rows[name], block.positions, keep=keep) for name in block.objectives]
             members = [params[position] for position in block.positions]
-            flats[block] = FlatBlock(members, taken, keep=keep)
-    grams = {block: flats[block].gram() for block in blocks if block.integrated}
-    coefficients = _coefficients(method, flats, grams)
+            flats[block] = ranks.flat(members, taken, keep=keep)
+    integrated = [block for block in blocks if block.integrated]
+    totals = ranks.total([flats[block].gram() for block in integrated])
+    grams = dict(zip(integrated, totals, strict=True))
+    coefficients = _coefficients(method, flats, grams, ranks.same)
     stats: dict[str, BlockStats] = {}
     for block, flat in flats.items():
         if not block.integrated:
@@ -82,7 +113,12 @@ def integrate(
 
 
 def _of_one_objective(
-    blocks: Sequence[Block], params: Sequence[Tensor], rows: Mapping[str, Gradient], *, keep: bool
+    blocks: Sequence[Block],
+    params: Sequence[Tensor],
+    rows: Mapping[str, Gradient],
+    *,
+    keep: bool,
+    flat: Callable[..., Flat],
 ) -> dict[int, Tensor]:
     """The gradients of all blocks that have one, copied together."""
     positions: list[int] = []
@@ -91,7 +127,7 @@ def _of_one_objective(
         if len(block.objectives) == 1:
             positions += block.positions
             gradient += _take(rows[block.objectives[0]], block.positions, keep=keep)
-    copies = FlatBlock([params[position] for position in positions], [gradient]).sum()
+    copies = flat([params[position] for position in positions], [gradient]).sum()
     return dict(zip(positions, copies, strict=True))
 
 
@@ -104,12 +140,15 @@ def _take(row: Gradient, positions: Sequence[int], *, keep: bool) -> Gradient:
 
 
 def _coefficients(
-    method: Method, flats: Mapping[Block, FlatBlock], grams: Mapping[Block, Tensor]
+    method: Method,
+    flats: Mapping[Block, Flat],
+    grams: Mapping[Block, Tensor],
+    same: Callable[[Tensor], Tensor],
 ) -> dict[Block, Tensor]:
     if callable(method.integration):
         _check_memory(method.integration, list(grams))
         return {
-            block: _of_users_rule(method.integration, block, gram.to(flats[block].dtype))
+            block: same(_of_users_rule(method.integration, block, gram.to(flats[block].dtype)))
             for block, gram in grams.items()
         }
     # Blocks of the same kind are solved together: a rule is many small operations.

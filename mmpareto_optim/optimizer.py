@@ -1,9 +1,10 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,13 +20,25 @@ from mmpareto_optim.blocks import (
     check_held,
     parameters_by_modality,
 )
+from mmpareto_optim.distributed import (
+    Constants,
+    Processes,
+    check_member,
+    failing_together,
+    group_of,
+    is_initialized,
+)
 from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
-from mmpareto_optim.gradients import check_losses, gradients_of
-from mmpareto_optim.graph import check_not_compiled_together
-from mmpareto_optim.integration import Integration, Method, integrate
+from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
+from mmpareto_optim.graph import check_not_blurred
+from mmpareto_optim.integration import Integration, Method, Ranks, integrate
 from mmpareto_optim.rules import check_gamma
+from mmpareto_optim.sharded import Sharding, gradients_by_backward, is_dtensor, local_part, whole
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.window import Window
+
+if TYPE_CHECKING:  # not in every build
+    from torch.distributed import ProcessGroup
 
 Losses = Mapping[str, Tensor]
 
@@ -60,6 +73,14 @@ class MMParetoOptimizer(Optimizer):
             ``"encoder"``, the block as a whole, as in the paper, which keeps it a descent
             direction common to all losses; or ``"tensor"``, each parameter tensor by its
             own ratio, as in the authors' code, which does not.
+        process_group: the processes that train one model, each on its share of the batch; None
+            for all of ``torch.distributed``, once it is initialised. Each loss's gradient is
+            averaged over them before it is integrated, as one process would with the whole
+            batch, with ``DistributedDataParallel`` or without. Every rank must make the same
+            calls; a loss or a parameter that some of them do not reach counts as zero there.
+            Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
+            and not averaged over the processes of their own device mesh.
+        average_gradients: False where each process trains a model of its own.
 
     Attributes:
         optimizer: the base optimizer.
@@ -71,8 +92,15 @@ class MMParetoOptimizer(Optimizer):
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
             ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
         ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
-            parameter in two modalities, or one that the base does not hold.
+            parameter in two modalities, or one that the base does not hold; a
+            ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
+
+    stats: dict[str, BlockStats]
+    _window: Window | None
+    _checked_reach: Reach
+    _processes: Processes | None
+    _sharding: Sharding | None
 
     def __init__(
         self,
@@ -82,6 +110,8 @@ class MMParetoOptimizer(Optimizer):
         integration: Integration = "mmpareto",
         gamma: float = 1.5,
         rescale: Literal["encoder", "tensor"] = "encoder",
+        process_group: "ProcessGroup | None" = None,
+        average_gradients: bool = True,
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         if not isinstance(optimizer, Optimizer):
@@ -102,14 +132,21 @@ class MMParetoOptimizer(Optimizer):
         if rescale not in ("encoder", "tensor"):
             raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
         check_gamma(gamma)
+        if process_group is not None:
+            if not average_gradients:
+                raise ValueError(
+                    "process_group names the processes to average over, and average_gradients is "
+                    "False: leave one of them out"
+                )
+            check_member(process_group)
         self.optimizer = optimizer
         self.integration = integration
         self.gamma = gamma
         self.rescale = rescale
-        self.stats: dict[str, BlockStats] = {}
-        self._window: Window | None = None
-        self._checked_reach: Reach = ()
+        self.process_group = process_group
+        self.average_gradients = average_gradients
         self._modalities: Modalities | None = None
+        self._forget()
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality)
             check_held(self._modalities, self._held())
@@ -210,6 +247,10 @@ class MMParetoOptimizer(Optimizer):
         Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
         tensor hooks once a loss and no post-accumulate-grad hooks, and refuses
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
+        Where parameters are DTensors (FSDP2, tensor parallelism) it is ``Tensor.backward`` that
+        runs, once a loss, with all that comes of it.
+
+        With several processes it is collective: see ``process_group`` of the constructor.
 
         With ``features`` the losses are differentiated down to the encoders' outputs only and
         integrated there (Sener & Koltun 2018, Section 3.3); one backward pass takes the result
@@ -234,9 +275,11 @@ class MMParetoOptimizer(Optimizer):
                 or that a loss goes around; several losses through one region that
                 ``torch.compile`` compiled; features with ``rescale="tensor"``, or in only a
                 part of the calls that accumulate.
+                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1, or on
+                device meshes that do not fit each other or the process group.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
-                a reentrant checkpoint.
-            NotImplementedError: several processes of ``torch.distributed``.
+                a reentrant checkpoint; an error on another rank, or arguments unlike its;
+                no loss reaches a sharded parameter.
 
             Parameters, ``.grad`` and the base optimizer are as before the call.
         """
@@ -340,11 +383,25 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = ("optimizer", "integration", "gamma", "rescale", "_modalities")
-        return {name: self.__dict__[name] for name in settings}
+        if self.process_group is not None:
+            raise TypeError(
+                "a process group cannot be copied or pickled, nor can this optimizer, which holds "
+                "one: save its state_dict(), and build it anew"
+            )
+        own = ("integration", "gamma", "rescale", "process_group", "average_gradients")
+        return {name: self.__dict__[name] for name in ("optimizer", "_modalities", *own)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, stats={}, _window=None, _checked_reach=())
+        self.__dict__.update(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What follows from the settings and the last steps."""
+        self.stats = {}
+        self._window = None
+        self._checked_reach = ()
+        self._processes = None
+        self._sharding = None
 
     def _backward(
         self,
@@ -354,25 +411,30 @@ class MMParetoOptimizer(Optimizer):
         *,
         keep: bool,
     ) -> None:
-        check_losses(losses)
-        _check_one_process()
-        held = self._held()
-        modalities = self._modalities
-        if param_groups_by_modality is not None:
-            modalities = parameters_by_modality(param_groups_by_modality)
-        if modalities is not None:
-            check_held(modalities, held)
-        self._check_features(features)
-        params = [param for param in held if param.requires_grad]
-        method = Method(self.integration, self.gamma, self.rescale)
-        seen: dict[str, BlockStats] = {}
-        # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
-        foreign = [param.grad for param in params]
-        if features is None:
-            rows = gradients_of(losses, params, self._describe)
-        else:
-            rows, seen = gradients_by_features(losses, features, params, method, self._describe)
+        processes = self._several()
+        with failing_together(processes):
+            check_losses(losses)
+            held = self._held()
+            modalities = self._modalities
+            if param_groups_by_modality is not None:
+                modalities = parameters_by_modality(param_groups_by_modality)
+            if modalities is not None:
+                check_held(modalities, held)
+            self._check_features(features)
+            params = [param for param in held if param.requires_grad]
+            sharding = self._shards_of(params, features)
+            method = Method(self.integration, self.gamma, self.rescale)
+            constants: Constants = ()
+            if processes is not None:
+                constants = _constants(params, method, modalities, features)
+            # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
+            foreign = [param.grad for param in params]
+            rows, seen = self._gradients(
+                losses, features, params, method, processes, constants, sharding
+            )
         with torch.no_grad():
+            if processes is not None:
+                rows = _averaged(rows, params, processes, constants, sharding)
             window = Window(params, rows, foreign)
             # Until the new one is complete there is none: whatever raises below (a rule of
             # the user's, say) leaves .grad as it is and ends the accumulation.
@@ -380,11 +442,37 @@ class MMParetoOptimizer(Optimizer):
             if earlier is not None:
                 window.extend(earlier)
             blocks = self._blocks(window, modalities, losses)
-            gradients, stats = integrate(blocks, params, window.rows, method, keep=keep)
+            ranks = _ranks(processes, sharding)
+            gradients, stats = integrate(
+                blocks, params, window.rows, method, keep=keep, ranks=ranks
+            )
             for position, gradient in gradients.items():
                 window.write(position, gradient)
             self.stats = seen | stats
             self._window = window if keep else None
+
+    def _gradients(
+        self,
+        losses: Losses,
+        features: Mapping[str, Tensor] | None,
+        params: Sequence[Tensor],
+        method: Method,
+        processes: Processes | None,
+        constants: Constants,
+        sharding: Sharding | None,
+    ) -> tuple[dict[str, Gradient], dict[str, BlockStats]]:
+        """Each loss's gradient on this rank, and what was integrated at features, if any."""
+        if features is not None:
+            return gradients_by_features(
+                losses, features, params, method, self._describe, processes, constants
+            )
+        if sharding is None:
+            return gradients_of(losses, params, self._describe), {}
+        if processes is not None:
+            processes.check_alike((*constants, ("losses", tuple(losses))))
+        rows = gradients_of(losses, params, self._describe, gradients_by_backward)
+        sharding.check_reached(rows)
+        return rows, {}
 
     def _check_features(self, features: Mapping[str, Tensor] | None) -> None:
         if features is not None:
@@ -403,6 +491,45 @@ class MMParetoOptimizer(Optimizer):
                     "zero_grad() in between, or give features in every call"
                 )
 
+    def _several(self) -> Processes | None:
+        """The processes to average over; None if there is just this one."""
+        if not self.average_gradients or not is_initialized():
+            return None
+        group = group_of(self.process_group)
+        if self._processes is None or self._processes.group is not group:
+            self._processes = Processes(group)
+        return self._processes if self._processes.size > 1 else None
+
+    def _shards_of(
+        self, params: Sequence[Tensor], features: Mapping[str, Tensor] | None
+    ) -> Sharding | None:
+        """How DTensors among the parameters are spread; None if there are none."""
+        if not is_initialized():
+            return None
+        if any(hasattr(param, "_fsdp_flattened") for param in params):
+            raise ValueError(
+                "the parameters belong to FullyShardedDataParallel (FSDP1), which reduces no "
+                "gradient of a single loss: shard the model with "
+                "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+        if not any(map(is_dtensor, params)):
+            return None
+        if features is not None:
+            raise ValueError(
+                "features cannot be integrated where parameters are sharded (DTensors): leave "
+                "features out for the exact gradients"
+            )
+        if self.integration == "mmpareto" and self.rescale == "tensor":
+            raise ValueError(
+                'rescale="tensor" needs the norm of each parameter tensor, and these are sharded '
+                '(DTensors): use rescale="encoder"'
+            )
+        group = group_of(self.process_group) if self.average_gradients else None
+        known = self._sharding
+        if known is None or known.group is not group or not _same(known.params, params):
+            self._sharding = Sharding(params, group)
+        return self._sharding
+
     def _blocks(self, window: Window, modalities: Modalities | None, losses: Losses) -> list[Block]:
         reach = window.reach()
         if reach != self._checked_reach:
@@ -411,7 +538,7 @@ class MMParetoOptimizer(Optimizer):
             # nothing depends on it.
             harmless = modalities is not None and self.integration in ("mmpareto", "uniform")
             if ENCODERS not in window.rows and not harmless:
-                check_not_compiled_together(losses)
+                check_not_blurred(losses)
             self._checked_reach = reach
         if modalities is None:
             return blocks_by_reach(reach)
@@ -425,7 +552,10 @@ class MMParetoOptimizer(Optimizer):
             if not isinstance(losses, Mapping):
                 return losses
             self.backward(losses, param_groups_by_modality=param_groups_by_modality)
-            return sum(loss.detach() for loss in losses.values())
+            total = sum(loss.detach() for loss in losses.values())
+            processes = self._several()
+            # What a line search decides by must be the same on all ranks.
+            return total if processes is None else processes.mean(whole(total))
 
         return evaluate
 
@@ -447,17 +577,55 @@ class MMParetoOptimizer(Optimizer):
         return lambda _, *args: hook(self, *args)
 
 
-def _check_one_process() -> None:
-    # torch.autograd.grad runs no hook of DistributedDataParallel: each rank would step along
-    # its own gradient, silently.
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    processes = torch.distributed.get_world_size()
-    if processes > 1:
-        raise NotImplementedError(
-            f"torch.distributed runs {processes} processes, and gradients are not averaged over "
-            "them yet: train in one process, or sum the losses and use the base optimizer"
-        )
+def _constants(
+    params: Sequence[Tensor],
+    method: Method,
+    modalities: Modalities | None,
+    features: Mapping[str, Tensor] | None,
+) -> Constants:
+    """What ranks that train one model have in common, by the names of error messages."""
+    rule: Any = method.integration
+    if callable(rule):
+        rule = getattr(rule, "__name__", type(rule).__name__)
+    chosen = {} if modalities is None else modalities
+    return (
+        ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
+        ("integration, gamma or rescale", (rule, method.gamma, method.rescale)),
+        (
+            "param_groups_by_modality",
+            tuple(
+                (name, tuple(index for index, param in enumerate(params) if param in members))
+                for name, members in chosen.items()
+            ),
+        ),
+        ("features", None if features is None else tuple(features)),
+    )
+
+
+def _averaged(
+    rows: Mapping[str, Gradient],
+    params: Sequence[Tensor],
+    processes: Processes,
+    constants: Constants,
+    sharding: Sharding | None,
+) -> dict[str, Gradient]:
+    likes = params if sharding is None else [local_part(param) for param in params]
+    united = processes.unite(rows, likes, constants)
+    processes.average(united, range(len(params)) if sharding is None else sharding.averaged)
+    return united
+
+
+def _ranks(processes: Processes | None, sharding: Sharding | None) -> Ranks:
+    found: dict[str, Any] = {}
+    if processes is not None:
+        found["same"] = processes.same
+    if sharding is not None:
+        found.update(flat=sharding.flat, total=sharding.total)
+    return Ranks(**found)
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 @cache

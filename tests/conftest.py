@@ -1,9 +1,12 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.processes import Processes, started
 
 settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
@@ -21,3 +24,12 @@ def data_dir() -> Path:
     if folder is None:
         pytest.skip("MMPARETO_DATA is not set: no real data to read")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Two processes that average gradients over gloo; started once for all tests."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("no gloo in this build of torch")
+    with started(2, tmp_path_factory.mktemp("two")) as processes:
+        yield processes

@@ -206,18 +206,27 @@ def test_lbfgs_without_a_closure() -> None:
     assert all(param.grad is None for param in model.parameters())
 
 
-def test_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    trained = Trained()
+def test_a_group_of_one_process_is_none(tmp_path: Path) -> None:
+    alone = Trained()
+    torch.manual_seed(0)
+    grouped = Trained()
+    alone.opt.step(losses=alone.losses())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     try:
-        trained.opt.backward(trained.losses())  # one process is no different from none
-        trained.before = trained.snapshot()
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        trained.refuses(NotImplementedError, "runs 2 processes", losses=trained.losses())
+        grouped.opt.step(losses=grouped.losses())
     finally:
         torch.distributed.destroy_process_group()
+    assert all(a.equal(b) for a, b in zip(alone.snapshot(), grouped.snapshot(), strict=True))
+
+
+def test_a_process_group_without_processes() -> None:
+    base = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match=r"process_group must be.*dist.new_group"):
+        MMParetoOptimizer(base, process_group=object())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leave one of them out"):
+        MMParetoOptimizer(base, process_group=object(), average_gradients=False)  # type: ignore[arg-type]
 
 
 def test_other_errors_of_autograd_come_through() -> None:
