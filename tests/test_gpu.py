@@ -1,11 +1,16 @@
 """What only a GPU can show. The same code runs on the CPU in the other tests."""
 
 from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.distributed import Processes
 from tests.models import LateFusion, Losses, audio_visual_batch, train
 
 pytestmark = [
@@ -117,3 +122,65 @@ def test_tf32_does_not_reach_the_gram_matrix() -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
     (stats,) = opt.stats.values()
     torch.testing.assert_close(stats.gram, rows.double() @ rows.double().T)
+
+
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[None]:
+    store = f"file://{tmp_path}/store"
+    torch.cuda.set_device(0)
+    torch.distributed.init_process_group(
+        "nccl", init_method=store, rank=0, world_size=1, device_id=torch.device("cuda", 0)
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("nccl")
+@pytest.mark.parametrize("by_features", [False, True])
+def test_averaging_does_not_wait_for_the_device(
+    by_features: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process goes through the collectives of several: that is all one device can show."""
+    processes = Processes(torch.distributed.group.WORLD)
+    model = LateFusion().cuda()
+    spec, image, label = (tensor.cuda() for tensor in audio_visual_batch())
+    ends = []
+    for several in (None, processes):
+        monkeypatch.setattr(MMParetoOptimizer, "_several", lambda _, several=several: several)
+        twin = deepcopy(model)
+        opt = MMParetoOptimizer(torch.optim.SGD(twin.parameters(), lr=0.1))
+        for number in range(4):
+            if number == 1 and several is not None:
+                request.getfixturevalue("sync_is_an_error")
+            features = twin.features((spec, image, label))
+            losses = twin.losses_at(features, label)
+            opt.zero_grad()
+            opt.step(losses=losses, features=features if by_features else None)
+        ends.append(list(twin.parameters()))
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.usefixtures("nccl")
+def test_fsdp2_on_a_gpu() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    class Model(LateFusion):
+        def forward(self, *batch: Tensor) -> Losses:
+            return self.losses((batch[0], batch[1], batch[2]))
+
+    whole = Model().cuda()
+    model = deepcopy(whole)
+    for part in (model.audio, model.visual, model):
+        fully_shard(part)
+    optimizers = [
+        MMParetoOptimizer(torch.optim.Adam(owner.parameters(), lr=0.01, fused=True))
+        for owner in (whole, model)
+    ]
+    for _ in range(5):
+        batch = [tensor.cuda() for tensor in audio_visual_batch()]
+        for owner, opt in zip((whole, model), optimizers, strict=True):
+            opt.zero_grad()
+            opt.step(losses=owner(*batch))
+    sharded: list[Any] = optimizers[1].param_groups[0]["params"]
+    torch.testing.assert_close([p.full_tensor() for p in sharded], list(whole.parameters()))
