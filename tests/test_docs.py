@@ -1,6 +1,10 @@
 """The code of README.md and docs/recipes runs as it stands there."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mmpareto_optim import MMParetoOptimizer, loss_slices
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(ROOT.glob("docs/recipes/*.md"))
+PAGES = sorted(ROOT.glob("docs/recipes/*.md"))
+OF_PROCESSES = [page for page in PAGES if "torchrun" in page.read_text()]
+RECIPES = [page for page in PAGES if page not in OF_PROCESSES]
 START = ROOT / "docs" / "recipes" / "README.md"
 FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # What a page's code says that it needs, and the library that brings it.
@@ -109,9 +115,36 @@ def test_a_recipe(page: Path, steps: list[type]) -> None:
     assert len(page.read_text().splitlines()) <= SCREEN or page == START
 
 
+@pytest.mark.parametrize("page", OF_PROCESSES, ids=lambda page: page.stem)
+def test_a_recipe_of_several_processes(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("\n".join([*code_of(START), *code_of(page)]))
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-W", "error", str(script)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    told = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert [text.startswith("tensor([") for text in told] == [True, False]
+    assert len(page.read_text().splitlines()) <= SCREEN
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_every_recipe_is_in_the_list() -> None:
     listed = re.findall(r"\]\((\w+\.md)\)", START.read_text())
-    assert sorted(listed) == [page.name for page in RECIPES if page != START]
+    assert sorted(listed) == [page.name for page in PAGES if page != START]
 
 
 def readme_names() -> dict[str, Any]:
@@ -164,7 +197,7 @@ def test_the_readmes_first_lines_train(steps: list[type]) -> None:
     assert not any(a.equal(b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *RECIPES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
