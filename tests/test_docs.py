@@ -1,4 +1,4 @@
-"""The code of README.md and docs/recipes runs as it stands there."""
+"""The code of README.md and of every page in docs runs as it stands there."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from doctest import ELLIPSIS, DocTestParser, DocTestRunner
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,11 +25,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mmpareto_optim import MMParetoOptimizer, loss_slices
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(ROOT.glob("docs/recipes/*.md"))
-OF_PROCESSES = [page for page in PAGES if "torchrun" in page.read_text()]
-RECIPES = [page for page in PAGES if page not in OF_PROCESSES]
+EVERY_RECIPE = sorted(ROOT.glob("docs/recipes/*.md"))
+OF_PROCESSES = [page for page in EVERY_RECIPE if "torchrun" in page.read_text()]
+RECIPES = [page for page in EVERY_RECIPE if page not in OF_PROCESSES]
 START = ROOT / "docs" / "recipes" / "README.md"
-FENCE = re.compile(r"^( *)```(python|diff)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted(ROOT.glob("docs/*.md"))
+FENCE = re.compile(r"^( *)```(python|diff|pycon)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+GOES_ON = "go on from the recipes' [start]"
 # What a page's code says that it needs, and the library that brings it.
 OPTIONAL = {
     "import Accelerator": "accelerate",
@@ -43,7 +46,7 @@ SCREEN = 45
 
 
 def code_of(page: Path) -> list[str]:
-    """The Python blocks of a page; a diff is read as what it makes of the code."""
+    """The blocks of a page that run; a diff is read as what it makes of the code."""
     return [
         applied(text) if language == "diff" else dedent(text)
         for _, language, text in FENCE.findall(page.read_text())
@@ -55,7 +58,15 @@ def applied(diff: str) -> str:
 
 
 def run(code: str, page: Path, namespace: dict[str, Any]) -> None:
-    exec(compile(code, str(page), "exec"), namespace)
+    if not code.startswith(">>>"):
+        exec(compile(code, str(page), "exec"), namespace)
+        return
+    session = DocTestParser().get_doctest(code, namespace, page.stem, str(page), 0)
+    report: list[str] = []
+    runner = DocTestRunner(optionflags=ELLIPSIS)
+    runner.run(session, out=report.append, clear_globs=False)
+    assert not runner.failures, "".join(report)
+    namespace |= session.globs
 
 
 def start() -> dict[str, Any]:
@@ -142,6 +153,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page(page: Path) -> None:
+    if page.stem == "monitoring":
+        pytest.importorskip("matplotlib", reason="the examples extra is not installed")
+    namespace = start() if GOES_ON in page.read_text() else {"__name__": "page"}
+    for code in code_of(page):
+        run(code, page, namespace)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *EVERY_RECIPE], ids=lambda page: page.stem)
+def test_no_code_of_a_page_is_left_out(page: Path) -> None:
+    languages = re.findall(r"^ *```+(\S+)", page.read_text(), re.MULTILINE)
+    commands_and_directives = {"sh", "text", "{include}", "{eval-rst}"}
+    assert set(languages) <= {"python", "pycon", "diff"} | commands_and_directives
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_includes_is_there(page: Path) -> None:
+    for target, options in re.findall(r"^```{include} (.+)\n((?::.*\n)*)", page.read_text(), re.M):
+        text = (page.parent / target).read_text()
+        for mark in re.findall(r': "(.+)"$', options, re.MULTILINE):
+            _, found, text = text.partition(mark)
+            assert found, f"{target} has no {mark!r} for docs/{page.name} to include from or to"
+
+
+def test_the_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the examples extra is not installed")
+    command = [sys.executable, str(ROOT / "docs" / "pictures.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    shown = {name for page in PAGES for name in re.findall(r"_pictures/(\S+)", page.read_text())}
+    assert drawn == shown
+    assert all("</svg>" in (tmp_path / name).read_text() for name in drawn)
+
+
 def test_every_recipe_is_in_the_list() -> None:
     listed = re.findall(r"\]\((\w+\.md)\)", START.read_text())
     assert sorted(listed) == [page.name for page in PAGES if page != START]
@@ -197,7 +243,9 @@ def test_the_readmes_first_lines_train(steps: list[type]) -> None:
     assert not any(a.equal(b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *PAGES, *EVERY_RECIPE], ids=lambda page: page.stem
+)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target

@@ -11,6 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
 
 import mmpareto_optim
 
@@ -126,7 +127,8 @@ def test_the_installed_wheel_reports_versions(archives: tuple[Path, Path], tmp_p
     lines = done.stdout.splitlines()
     facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
     assert facts["mmpareto-optim"] == VERSION
-    assert facts["torch"] and facts["numpy"] != "not installed"
+    assert facts["torch"] == torch.__version__
+    assert facts["numpy"] != "not installed"
     assert {"python", "platform", "cuda", "mps", "lightning", "torchjd"} <= facts.keys()
 
 

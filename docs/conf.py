@@ -1,0 +1,64 @@
+"""Sphinx: ``make docs`` builds this folder into ``docs/_build/html``, with warnings as errors."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+FOLDER = Path(__file__).parent.resolve()
+# Pages of the site that show a file from outside this folder.
+SHOWN = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/FEATURE_SPACE.md": "evidence_feature_space.md",
+    "benchmarks/RESULTS.md": "evidence_step_time.md",
+}
+LINK = re.compile(r"\]\(([^)\s:#]+\.md)(#[^)]*)?\)")
+sys.path.insert(0, str(FOLDER))
+
+from pictures import draw  # noqa: E402
+
+import mmpareto_optim  # noqa: E402
+
+project = "mmpareto-optim"
+author = "The mmpareto-optim authors"
+copyright = f"2026, {author}"
+version = release = mmpareto_optim.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"mmpareto-optim {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_show_sphinx = False
+
+
+def lead_inside(_: Sphinx, page: str, source: list[str]) -> None:
+    """Let links to files outside this folder, right in a checkout, be right on the site too."""
+    here = (FOLDER / page).parent
+
+    def inside(link: re.Match[str]) -> str:
+        target = (here / link[1]).resolve()
+        if target.is_relative_to(FOLDER):
+            return link[0]
+        shown = SHOWN.get(target.relative_to(FOLDER.parent).as_posix())
+        return f"]({os.path.relpath(FOLDER / shown, here)})" if shown else f"](path:{link[1]})"
+
+    source[0] = LINK.sub(inside, source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Draw the pictures with the library itself, so that they cannot differ from what it does."""
+    app.connect("builder-inited", lambda _: draw(FOLDER / "_pictures"))
+    app.connect("source-read", lead_inside)
