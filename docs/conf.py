@@ -41,6 +41,8 @@ html_theme = "furo"
 html_title = f"mmpareto-optim {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_copy_source = False
+html_show_sourcelink = False
 html_show_sphinx = False
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def length(axes: Axes) -> None:
 
 def direction(axes: Axes) -> None:
     """Cosine of each method's result with the gradient that it serves less."""
-    for degrees, rows, result, style in _by_angle():
+    for degrees, rows, result, style in islice(_by_angle(), 3):
         products = (result.unsqueeze(-2) * rows).sum(-1)
         cosines = products / rows.norm(dim=-1) / result.norm(dim=-1, keepdim=True)
         # At 180 degrees nothing is common, and MMPareto's and Pareto's results are zero.
