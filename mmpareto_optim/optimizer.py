@@ -190,7 +190,7 @@ class MMParetoOptimizer(Optimizer):
             param_groups_by_modality: as for :meth:`backward`.
 
         Returns:
-            What the base's step returns: with a closure the sum of its losses, otherwise
+            What the base's step returns; with a closure the sum of its losses, otherwise
             None.
 
         Raises:
@@ -281,7 +281,7 @@ class MMParetoOptimizer(Optimizer):
                 a reentrant checkpoint; an error on another rank, or arguments unlike its;
                 no loss reaches a sharded parameter.
 
-            Parameters, ``.grad`` and the base optimizer are as before the call.
+        After an exception parameters, ``.grad`` and the base optimizer are as before the call.
         """
         owner = self.optimizer
         if isinstance(owner, MMParetoOptimizer):

@@ -32,7 +32,7 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
         rows: those of :meth:`ConflictRecorder.rows`, in their order.
 
     Returns:
-        A ``matplotlib.figure.Figure`` that no window shows: ``figure.savefig("conflict.png")``.
+        A ``matplotlib.figure.Figure`` that no window shows; its ``savefig`` writes it to a file.
 
     Raises:
         ImportError: matplotlib is not installed.
