@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mmpareto_optim
+from mmpareto_optim.__main__ import report
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mmpareto_optim.__file__).parent
@@ -96,7 +97,9 @@ def test_the_sdist_holds_what_the_tests_need(names: tuple[set[str], set[str]]) -
     root = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt"}
     assert root | {"PKG-INFO", "pyproject.toml", "docs/recipes/README.md"} <= in_sdist
     assert not [
-        name for name in in_sdist if re.search(r"__pycache__|\.pyc$|^results/|/_build/", name)
+        name
+        for name in in_sdist
+        if re.search(r"__pycache__|\.pyc$|^results/|/_(build|pictures)/", name)
     ]
 
 
@@ -130,6 +133,14 @@ def test_the_installed_wheel_reports_versions(archives: tuple[Path, Path], tmp_p
     assert facts["torch"] == torch.__version__
     assert facts["numpy"] != "not installed"
     assert {"python", "platform", "cuda", "mps", "lightning", "torchjd"} <= facts.keys()
+
+
+def test_the_report_names_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert re.search(r"^cuda +13\.0: device 0, device 1$", report(), re.MULTILINE)
 
 
 def test_the_citation_is_of_this_version() -> None:
