@@ -27,7 +27,7 @@ author = "The mmpareto-optim authors"
 copyright = f"2026, {author}"
 version = release = mmpareto_optim.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
@@ -38,6 +38,8 @@ autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
 html_theme = "furo"
+pygments_style = "friendly"  # the lines of a diff in red and green
+pygments_dark_style = "github-dark"
 html_title = f"mmpareto-optim {version}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]

@@ -32,6 +32,8 @@ GIVEN, SUM, SHORTEST, OURS = "#666666", "#D55E00", "#0072B2", "#009E73"
 STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
     "font.size": 11,
     "svg.fonttype": "path",
     "svg.hashsalt": "mmpareto",

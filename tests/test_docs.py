@@ -11,6 +11,7 @@ from doctest import ELLIPSIS, DocTestParser, DocTestRunner
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from runpy import run_path
 from textwrap import dedent
 from typing import Any
 from unittest.mock import Mock
@@ -180,8 +181,7 @@ def test_what_a_page_includes_is_there(page: Path) -> None:
 
 def test_the_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the examples extra is not installed")
-    command = [sys.executable, str(ROOT / "docs" / "pictures.py"), str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
+    run_path(str(ROOT / "docs" / "pictures.py"))["draw"](tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
     shown = {name for page in PAGES for name in re.findall(r"_pictures/(\S+)", page.read_text())}
     assert drawn == shown
