@@ -18,7 +18,7 @@ import platform
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from math import ceil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,6 @@ from rich.progress import track
 from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
-from torch.optim.lr_scheduler import OneCycleLR
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent / "examples"))
@@ -35,7 +34,7 @@ sys.path.insert(0, str(FOLDER.parent / "examples"))
 import audio_visual_digits  # noqa: E402
 import colored_gray_digits  # noqa: E402
 import multimnist  # noqa: E402
-from common import BATCH_SIZE, GAMMA, Split, accuracy, batches  # noqa: E402
+from common import GAMMA, Split, accuracy, batches, epochs  # noqa: E402
 
 from mmpareto_optim import MMParetoOptimizer  # noqa: E402
 
@@ -66,20 +65,16 @@ def train(example: str, method: str, seed: int, options: argparse.Namespace) -> 
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
     integration = "uniform" if method == "uniform" else "mmpareto"
     optimizer = MMParetoOptimizer(sgd, integration=integration, gamma=GAMMA)
-    steps = options.epochs * ceil(len(train_split) / BATCH_SIZE)
-    schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
     run = Run({})
-    for _ in range(options.epochs):
-        model.train()
-        for batch in batches(train_split, torch.randperm(len(train_split))):
-            step(model, optimizer, batch, method, run)
-            schedule.step()
+    take_step = partial(step, model, optimizer, method, run)
+    for _ in epochs(model, optimizer, train_split, options, take_step):
+        pass
     run.accuracy = accuracy(model, batches(test_split, torch.arange(len(test_split)), 1000))
     return run
 
 
 def step(
-    model: torch.nn.Module, optimizer: MMParetoOptimizer, batch: Split, method: str, run: Run
+    model: torch.nn.Module, optimizer: MMParetoOptimizer, method: str, run: Run, batch: Split
 ) -> None:
     features = model.features(*batch.inputs)
     logits = model.logits(features)
@@ -160,7 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "FEATURE_SPACE.md")
     options = parser.parse_args()
     names = options.examples or [n for n in EXAMPLES if "audio" not in n or options.data_dir]
-    digits = argparse.Namespace(data="digits", data_dir=None, lr=0.1, epochs=30)
+    digits = argparse.Namespace(data="digits", data_dir=None, validate=False, lr=0.1, epochs=30)
     spoken = argparse.Namespace(
         data=options.data_dir, split="recording", validate=False, quick=False, lr=0.03, epochs=8
     )

@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
@@ -125,6 +126,11 @@ def parse_options(description: str) -> argparse.Namespace:
         help="digits (by default 5 seeds of 30 epochs) or mnist (3 seeds of 3 epochs)",
     )
     parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="score on a part of the training images, without the test set: to choose --lr",
+    )
     parser.set_defaults(lr=0.1)
     options = parser.parse_args()
     if options.data == "mnist" and options.data_dir is None:
@@ -137,15 +143,26 @@ def parse_options(description: str) -> argparse.Namespace:
 
 
 def load(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (n, height, width) in 0..1 and labels, then those for the test."""
+    """Training images (n, height, width) in 0..1 and labels, then those for the test.
+
+    With ``options.validate`` the latter are a part of the training images.
+    """
     if options.data == "mnist":
-        return read_mnist(options.data_dir)
+        train_x, train_y, test_x, test_y = read_mnist(options.data_dir)
+        if options.validate:
+            return train_x[:-10000], train_y[:-10000], train_x[-10000:], train_y[-10000:]
+        return train_x, train_y, test_x, test_y
     digits = load_digits()
-    parts = train_test_split(
-        digits.images / 16, digits.target, test_size=0.3, stratify=digits.target, random_state=0
-    )
-    train_x, test_x, train_y, test_y = map(torch.as_tensor, parts)
+    train_x, test_x, train_y, test_y = _stratified(digits.images / 16, digits.target, share=0.3)
+    if options.validate:
+        train_x, test_x, train_y, test_y = _stratified(train_x, train_y, share=0.2)
+    train_x, test_x, train_y, test_y = map(torch.as_tensor, (train_x, test_x, train_y, test_y))
     return train_x.float(), train_y, test_x.float(), test_y
+
+
+def _stratified(images: np.ndarray, labels: np.ndarray, share: float) -> list[np.ndarray]:
+    parts = train_test_split(images, labels, test_size=share, stratify=labels, random_state=0)
+    return list(parts)
 
 
 def read_mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -238,15 +255,9 @@ def compare(
                 model = make_model(method == JOINT)
                 sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
                 optimizer = MMParetoOptimizer(sgd, integration=METHODS[method], gamma=GAMMA)
-                steps = options.epochs * ceil(len(train_split) / BATCH_SIZE)
-                # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
-                schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
                 cosines: dict[str, list[Tensor]] = {}
-                for _ in range(options.epochs):
-                    model.train()
-                    for batch in batches(train_split, torch.randperm(len(train_split))):
-                        train_step(model, optimizer, batch, cosines)
-                        schedule.step()
+                take_step = partial(train_step, model, optimizer, cosines)
+                for _ in epochs(model, optimizer, train_split, options, take_step):
                     progress.advance(bar)
                 curves = {block: torch.stack(values).tolist() for block, values in cosines.items()}
                 order = torch.arange(len(test_split))
@@ -258,8 +269,27 @@ def batches(split: Split, order: Tensor, size: int = BATCH_SIZE) -> Iterator[Spl
     return (split[index] for index in order.split(size))
 
 
+def epochs(
+    model: nn.Module,
+    optimizer: MMParetoOptimizer,
+    split: Split,
+    options: argparse.Namespace,
+    take_step: Callable[[Split], object],
+) -> Iterator[int]:
+    """Train for ``options.epochs`` with the peak ``options.lr``; yields after each epoch."""
+    steps = options.epochs * ceil(len(split) / BATCH_SIZE)
+    # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
+    schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
+    for epoch in range(options.epochs):
+        model.train()
+        for batch in batches(split, torch.randperm(len(split))):
+            take_step(batch)
+            schedule.step()
+        yield epoch
+
+
 def train_step(
-    model: nn.Module, optimizer: MMParetoOptimizer, batch: Split, cosines: dict[str, list[Tensor]]
+    model: nn.Module, optimizer: MMParetoOptimizer, cosines: dict[str, list[Tensor]], batch: Split
 ) -> None:
     logits = model(*batch.inputs)
     losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
