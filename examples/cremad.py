@@ -199,7 +199,7 @@ def train(
             model.train()
             steps: dict[str, list[Tensor]] = {}
             for batch in training_batches(data[0], options, seed, epoch):
-                train_step(model, optimizer, batch, steps)
+                train_step(model, optimizer, steps, batch)
             schedule.step()
             for block, values in steps.items():
                 cosines.setdefault(block, []).extend(torch.stack(values).tolist())
