@@ -14,7 +14,7 @@ import json
 import platform
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -34,8 +34,8 @@ from claim_runs import (
     find,
     perform,
 )
+from evidence import Row, compared, page, spread
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-from scipy import stats
 
 import mmpareto_optim
 
@@ -124,10 +124,164 @@ def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Prog
             progress.advance(bar, job.cost)
         return
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        running = {pool.submit(perform, job, options.results, options.data_dir): job for job in left}
+        running = {
+            pool.submit(perform, job, options.results, options.data_dir): job for job in left
+        }
         for done in as_completed(running):
             done.result()
             progress.advance(bar, running[done].cost)
+
+
+def results(options: argparse.Namespace, task: str, method: str, head: str = "") -> list[Result]:
+    """Of all seeds, in their order; none where one of them, or of the tuning, is missing."""
+    tuned = tuning_jobs(argparse.Namespace(**{**vars(options), "tasks": [task]}), (method,))
+    if any(find(job, options.results) is None for job in tuned):
+        return []
+    lr = chosen(options, task, method, head)
+    jobs = [training(options, task, method, lr, seed, False) for seed in seeds(options)]
+    found = [find(job, options.results) for job in jobs]
+    return [] if None in found else [result for result in found if result is not None]
+
+
+def scores(options: argparse.Namespace, task: str, method: str, head: str = "") -> list[float]:
+    """Accuracy by seed of one head, or the mean of the main ones."""
+    heads = (head,) if head else TASKS[task].main_heads
+    return [mean(r["accuracy"][h] for h in heads) for r in results(options, task, method, head)]
+
+
+def rows_of(options: argparse.Namespace, task: str) -> Iterator[Row]:
+    uniform = results(options, task, "uniform")
+    mmpareto = results(options, task, "MMPareto")
+    if not uniform or not mmpareto:
+        return
+    title = TASKS[task].title
+    yield from conflict_rows(title, uniform)
+    for modality in TASKS[task].modalities:
+        for kind, name in (("norm", "length"), ("trace", "covariance")):
+            values = tuple(excess(result, modality, kind) for result in uniform)
+            yield Row(2, title, f"{name}, {modality} encoder", "", values)
+    yield from accuracy_rows(options, task)
+    sharp = [[r["sharpness"] for r in side] for side in (uniform, mmpareto)]
+    yield compared(7, title, "sharpness: uniform less MMPareto", *sharp)
+    for block in mmpareto[0]["curves"]:
+        parts = [thirds(stationarity(r["curves"][block])) for r in mmpareto]
+        first, last = zip(*parts, strict=True)
+        yield compared(8, title, f"{block}: first third less last", first, last)
+
+
+def conflict_rows(title: str, runs: list[Result]) -> Iterator[Row]:
+    for block in runs[0]["curves"]:
+        curves = [100 * np.array(r["curves"][block]["conflict"], dtype=float) for r in runs]
+        shares = tuple(float(c.mean()) for c in curves)
+        yield Row(1, title, f"{block}: steps in conflict, %", spread(shares), shares)
+        first, last = zip(*(thirds(c) for c in curves), strict=True)
+        yield compared(1, title, f"{block}: first third less last, %", first, last)
+
+
+def thirds(curve: np.ndarray) -> tuple[float, float]:
+    """Mean of the first and of the last third."""
+    part = max(1, len(curve) // 3)
+    return float(curve[:part].mean()), float(curve[-part:].mean())
+
+
+def stationarity(block: Result) -> np.ndarray:
+    norms = np.mean([values for name, values in block.items() if name[:5] == "norm/"], axis=0)
+    ratio: np.ndarray = np.array(block["min_norm"]) / np.maximum(norms, 1e-30)
+    return ratio
+
+
+def excess(result: Result, modality: str, kind: str) -> float:
+    """By how much the unimodal quantity exceeds the joint one, over their sum; -1 to 1."""
+    points = [point[modality] for point in result["noise"]]
+    pairs = [(point["own"][kind], point["joint"][kind]) for point in points]
+    return mean((own - joint) / (own + joint) if own + joint else 0.0 for own, joint in pairs)
+
+
+def accuracy_rows(options: argparse.Namespace, task: str) -> Iterator[Row]:
+    title, modalities = TASKS[task].title, TASKS[task].modalities
+
+    def row(claim: int, head: str, above: str, below: str) -> Row:
+        sides = [scores(options, task, method, head) for method in (above, below)]
+        return compared(claim, title, f"{head or 'mean'}: {above} less {below}, %", *sides)
+
+    yield row(3, "mm" if modalities else "", "uniform", "conventional Pareto")
+    for other in ("uniform", "uniform x 1.5"):
+        for head in TASKS[task].heads if modalities else ("", *TASKS[task].heads):
+            yield row(4 if modalities else 6, head, "MMPareto", other)
+    for modality in modalities:
+        yield row(5, modality, "MMPareto", ALONE)
+
+
+def convex_rows(options: argparse.Namespace) -> Iterator[Row]:
+    jobs = iter(convex_jobs(options))
+    for title in SCHEDULES:
+        found = [find(next(jobs), options.results) for _ in range(8)]
+        done = [result for result in found if result is not None]
+        if len(done) == 8:
+            nearer = [float(np.log10(r["start"] / max(r["end"], 1e-16))) for r in done]
+            values = tuple(orders - 2 for orders in nearer)
+            yield Row(8, "two quadratics", title, spread(nearer), values)
+
+
+def ablation_rows(options: argparse.Namespace) -> Iterator[Row]:
+    pairs = [(method, "MMPareto") for method in ABLATIONS] + [("MMPareto, gamma 1", "uniform")]
+    for task in options.tasks:
+        for method, other in pairs:
+            sides = [scores(options, task, name) for name in (method, other)]
+            if all(sides):
+                quantity = f"{method} less {other}"
+                yield compared(0, TASKS[task].title, quantity, *sides)
+
+
+def write_page(options: argparse.Namespace) -> None:
+    measured = [row for task in options.tasks for row in rows_of(options, task)]
+    rows = sorted([*measured, *convex_rows(options)], key=lambda row: row.claim)
+    ablations = list(ablation_rows(options))
+    rates = {
+        task: {
+            f"{method} ({head})" if head else method: chosen(options, task, method, head)
+            for method in methods_of(task, tuple(METHODS))
+            for head in (TASKS[task].modalities if method == ALONE else ("",))
+            if results(options, task, method, head)
+        }
+        for task in options.tasks
+    }
+    versions = f"mmpareto-optim {mmpareto_optim.__version__}, PyTorch {torch.__version__}"
+    skipped = [TASKS[t].title for t in TASKS if not rates.get(t)]
+    epochs = {t: options.epochs or TASKS[t].epochs for t in options.tasks}
+    notes = [
+        f"{versions}, {platform.machine()} CPU, one thread a run; seeds {options.seed} to "
+        f"{options.seed + options.seeds - 1}, the same weights and batches for every method.",
+        f"Epochs: {', '.join(f'{TASKS[t].title} {n}' for t, n in epochs.items())}. SGD with "
+        "momentum 0.9, one-cycle schedule.",
+        f"Learning rate: the best of three on validation data held out of training (seed "
+        f"{options.seed + TUNING}), for each method by the joint head or the mean of the tasks.",
+        *(
+            f"Chosen, {TASKS[t].title}, of {', '.join(map(str, TASKS[t].rates))}: "
+            + ", ".join(f"{method} {lr}" for method, lr in found.items())
+            + "."
+            for t, found in rates.items()
+            if found
+        ),
+        *(f"Not run: {title}." for title in skipped),
+        "Small networks on small data: no statement about larger ones.",
+    ]
+    command = "python benchmarks/claims.py  # --data-dir DIR adds the spoken digits"
+    options.output.write_text(page(rows, ablations, notes, command))
+    document = {
+        "versions": versions,
+        "seeds": list(seeds(options)),
+        "epochs": epochs,
+        "learning_rates": rates,
+        "rows": [described(row) for row in rows],
+        "ablations": [described(row) for row in ablations],
+    }
+    options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+def described(row: Row) -> Result:
+    middle, low, high = row.interval
+    return {**asdict(row), "mean": middle, "low": low, "high": high, "verdict": row.verdict}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -154,6 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if not options.page:
         run_all(options)
+    write_page(options)
 
 
 if __name__ == "__main__":
