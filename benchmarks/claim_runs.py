@@ -68,6 +68,7 @@ class Task:
     rates: tuple[float, ...]
     epochs: int
     split: str = ""
+    seeds: int = 10
 
     @property
     def main_heads(self) -> tuple[str, ...]:
@@ -85,17 +86,22 @@ TASKS = {
         "colored_gray_digits",
         ("mm", "gray", "colour"),
         ("gray", "colour"),
-        (0.05, 0.1, 0.2),
+        (0.025, 0.05, 0.1, 0.2),
         20,
     ),
     "multimnist": Task(
-        "overlaid digits", "multimnist", ("left", "right"), (), (0.05, 0.1, 0.2), 20
+        "overlaid digits", "multimnist", ("left", "right"), (), (0.025, 0.05, 0.1, 0.2), 20
     ),
     "spoken_by_recording": Task(
-        "spoken and written digits, by recording", *_SPOKEN, (0.01, 0.03, 0.1), 3, "recording"
+        "spoken and written digits, by recording", *_SPOKEN, (0.01, 0.03, 0.1), 4, "recording"
     ),
     "spoken_by_speaker": Task(
-        "spoken and written digits, by speaker", *_SPOKEN, (0.01, 0.03, 0.1), 3, "speaker"
+        "spoken and written digits, by speaker",
+        *_SPOKEN,
+        (0.01, 0.03, 0.1),
+        4,
+        "speaker",
+        seeds=5,  # a speaker each; the sixth is the validation's
     ),
 }
 SPOKEN = tuple(name for name, task in TASKS.items() if task.split)

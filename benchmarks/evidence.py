@@ -106,13 +106,25 @@ def table(rows: Sequence[Row]) -> str:
         "| 95 % interval | n | verdict |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
-    for row in rows:
-        middle, low, high = row.interval
-        lines.append(
-            f"| {row.claim or ''} | {row.data} | {row.quantity} | {row.figures} | {middle:+.3g} "
-            f"| [{low:+.3g}, {high:+.3g}] | {len(row.differences)} | {row.verdict} |"
-        )
+    lines += [f"| {row.claim} | {_cells(row)} | {row.verdict} |" for row in rows]
     return "\n".join(lines)
+
+
+def ablation_table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| data | difference | figures, mean ± std | mean | 95 % interval | n |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [f"| {_cells(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> str:
+    middle, low, high = row.interval
+    return (
+        f"{row.data} | {row.quantity} | {row.figures} | {middle:+.3g} "
+        f"| [{low:+.3g}, {high:+.3g}] | {len(row.differences)}"
+    )
 
 
 def summary(claim: int, rows: Sequence[Row]) -> str:
@@ -134,7 +146,7 @@ def page(rows: Sequence[Row], ablations: Sequence[Row], notes: Sequence[str], ru
         "\n".join(summary(claim, rows) for claim in CLAIMS),
         "## Ablations",
         "Accuracy in % (mean of the main heads) less that of the second method named.",
-        table(ablations) if ablations else "Not run.",
+        ablation_table(ablations) if ablations else "Not run.",
         "## How it was run",
         "\n".join(f"- {note}" for note in notes),
         f"```sh\n{run}\n```",

@@ -153,10 +153,11 @@ def load(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             return train_x[:-10000], train_y[:-10000], train_x[-10000:], train_y[-10000:]
         return train_x, train_y, test_x, test_y
     digits = load_digits()
-    train_x, test_x, train_y, test_y = _stratified(digits.images / 16, digits.target, share=0.3)
+    parts = _stratified(digits.images / 16, digits.target, share=0.3)
     if options.validate:
-        train_x, test_x, train_y, test_y = _stratified(train_x, train_y, share=0.2)
-    train_x, test_x, train_y, test_y = map(torch.as_tensor, (train_x, test_x, train_y, test_y))
+        images, _, labels, _ = parts
+        parts = _stratified(images, labels, share=0.2)
+    train_x, test_x, train_y, test_y = map(torch.as_tensor, parts)
     return train_x.float(), train_y, test_x.float(), test_y
 
 

@@ -116,11 +116,11 @@ def test_a_region_compiled_for_one_backward_pass() -> None:
     assert grads(model) == {}
 
 
-def test_the_line_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
-    model, batch = compiled_for_one_backward_pass()
-    opt = optimizer(model)
-    opt.backward(model.losses(batch))
+def test_the_line_that_mends_it() -> None:
+    with torch._functorch.config.patch(donated_buffer=False):  # monkeypatch would leave it hidden
+        model, batch = compiled_for_one_backward_pass()
+        opt = optimizer(model)
+        opt.backward(model.losses(batch))
     found = grads(model)
     opt.zero_grad()
     torch.compiler.set_stance("force_eager")
