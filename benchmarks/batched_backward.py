@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from methods import Step, sgd, two_backward_floor
 from models import Inputs, LateFusion
-from step_time import CASES, setting
+from step_time import CPU_CASES, setting
 
 
 def batched(model: LateFusion, inputs: Inputs) -> Step:
@@ -53,10 +53,10 @@ def batched(model: LateFusion, inputs: Inputs) -> Step:
 
 
 def main() -> None:
-    for case, (*_, rounds) in CASES.items():
-        model, inputs = setting(case)
+    for case, (*_, rounds) in CPU_CASES.items():
+        model, inputs = setting(case, torch.device("cpu"))
         steps = [make(deepcopy(model), inputs) for make in (two_backward_floor, batched)]
-        times = []
+        times: list[list[float]] = []
         for _ in range(rounds + 2):
             times.append([])
             for step in steps:

@@ -342,6 +342,6 @@ def _normal(dimensions: int, generator: torch.Generator) -> Tensor:
 def _hessian(dimensions: int, generator: torch.Generator) -> Tensor:
     """Positive definite in random directions, with eigenvalues from 0.2 to 2."""
     square = torch.randn(dimensions, dimensions, generator=generator, dtype=torch.float64)
-    directions, _ = torch.linalg.qr(square)
+    directions: Tensor = torch.linalg.qr(square).Q
     values = torch.linspace(0.2, 2, dimensions, dtype=torch.float64)
     return directions @ values.diag() @ directions.mT

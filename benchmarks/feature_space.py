@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,9 @@ def train(example: str, method: str, seed: int, options: argparse.Namespace) -> 
     )
     model = make_model(False)
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-    integration = "uniform" if method == "uniform" else "mmpareto"
-    optimizer = MMParetoOptimizer(sgd, integration=integration, gamma=GAMMA)
+    optimizer = MMParetoOptimizer(
+        sgd, integration="uniform" if method == "uniform" else "mmpareto", gamma=GAMMA
+    )
     run = Run({})
     take_step = partial(step, model, optimizer, method, run)
     for _ in epochs(model, optimizer, train_split, options, take_step):
@@ -73,9 +75,7 @@ def train(example: str, method: str, seed: int, options: argparse.Namespace) -> 
     return run
 
 
-def step(
-    model: torch.nn.Module, optimizer: MMParetoOptimizer, method: str, run: Run, batch: Split
-) -> None:
+def step(model: Any, optimizer: MMParetoOptimizer, method: str, run: Run, batch: Split) -> None:
     features = model.features(*batch.inputs)
     logits = model.logits(features)
     losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}

@@ -68,7 +68,7 @@ def milliseconds(call: Callable[[], object]) -> float:
     call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def bandwidth() -> float:
