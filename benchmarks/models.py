@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, relu
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from resnet import resnet18
+
+__all__ = ["CLASSES", "Inputs", "LateFusion", "build", "resnet18", "transformer"]
 
 CLASSES = 6
 
@@ -34,46 +43,6 @@ class LateFusion(nn.Module):
             "audio": cross_entropy(self.audio_head(audio), label),
             "visual": cross_entropy(self.visual_head(visual), label),
         }
-
-
-class Residual(nn.Module):
-    """The basic block of He et al. (2016)."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-        )
-        self.skip: nn.Module = nn.Identity()
-        if stride != 1 or inputs != width:
-            self.skip = nn.Sequential(
-                nn.Conv2d(inputs, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return relu(self.body(x) + self.skip(x))
-
-
-def resnet18(channels: int) -> nn.Sequential:
-    stages = [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]
-    blocks = [
-        block
-        for inputs, width, stride in stages
-        for block in (Residual(inputs, width, stride), Residual(width, width, 1))
-    ]
-    return nn.Sequential(
-        nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2, padding=1),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
 
 
 def transformer(width: int, layers: int) -> nn.TransformerEncoder:
