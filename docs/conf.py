@@ -48,21 +48,33 @@ html_show_sourcelink = False
 html_show_sphinx = False
 
 
-def lead_inside(_: Sphinx, page: str, source: list[str]) -> None:
-    """Let links to files outside this folder, right in a checkout, be right on the site too."""
+def led_inside(text: str, origin: Path, page: str) -> str:
+    """Let links to files outside this folder, right in a checkout, be right on the site too.
+
+    ``origin`` is the file that the text is from, ``page`` the one that shows it.
+    """
     here = (FOLDER / page).parent
 
     def inside(link: re.Match[str]) -> str:
-        target = (here / link[1]).resolve()
-        if target.is_relative_to(FOLDER):
-            return link[0]
+        target = (origin.parent / link[1]).resolve()
         shown = SHOWN.get(target.relative_to(FOLDER.parent).as_posix())
-        return f"]({os.path.relpath(FOLDER / shown, here)})" if shown else f"](path:{link[1]})"
+        if shown or target.is_relative_to(FOLDER):
+            return f"]({os.path.relpath(FOLDER / shown if shown else target, here)})"
+        return f"](path:{os.path.relpath(target, here)})"
 
-    source[0] = LINK.sub(inside, source[0])
+    return LINK.sub(inside, text)
+
+
+def read_page(_: Sphinx, page: str, source: list[str]) -> None:
+    source[0] = led_inside(source[0], FOLDER / page, page)
+
+
+def read_included(_: Sphinx, path: Path, page: str, source: list[str]) -> None:
+    source[0] = led_inside(source[0], FOLDER / path, page)
 
 
 def setup(app: Sphinx) -> None:
     """Draw the pictures with the library itself, so that they cannot differ from what it does."""
     app.connect("builder-inited", lambda _: draw(FOLDER / "_pictures"))
-    app.connect("source-read", lead_inside)
+    app.connect("source-read", read_page)
+    app.connect("include-read", read_included)
