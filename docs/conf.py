@@ -66,10 +66,12 @@ def led_inside(text: str, origin: Path, page: str) -> str:
 
 
 def read_page(_: Sphinx, page: str, source: list[str]) -> None:
+    """Handler of ``source-read``."""
     source[0] = led_inside(source[0], FOLDER / page, page)
 
 
 def read_included(_: Sphinx, path: Path, page: str, source: list[str]) -> None:
+    """Handler of ``include-read``; the path is relative to this folder."""
     source[0] = led_inside(source[0], FOLDER / path, page)
 
 
