@@ -197,3 +197,45 @@ def test_launches_do_not_grow_with_the_number_of_parameters(integration: Any) ->
                 integrate([block], params, rows, Method(integration, 1.5, "encoder"), keep=False)
         counts.append(launches.count)
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_long_float32_gradients_whose_sums_err_in_one_direction(seed: int) -> None:
+    """Constant gradients: float32 products round the same way every time."""
+    generator = torch.Generator().manual_seed(seed)
+    opposite = torch.ones(2**17)
+    opposite[1::2] = -1
+    for _ in range(40):
+        cosine, ratio, value = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        cosine, ratio, value = -0.9 - 0.09 * cosine, 10 ** (-2.5 - ratio / 2), 0.1 + value
+        first = torch.full((2**17,), value)
+        second = ratio * value * (cosine + (1 - cosine**2) ** 0.5 * opposite)
+        param = nn.Parameter(torch.zeros(2**17))
+        wrapped(param).backward(linear_losses([param], [[first], [second]]))
+        assert param.grad is not None
+        h = param.grad.double()
+        assert h @ first.double() >= 0
+        assert h @ second.double() >= 0
+        (expected,) = oracle([[first], [second]])
+        torch.testing.assert_close(h, expected, rtol=1e-2, atol=1e-2 * float(expected.norm()) / 362)
+
+
+@given(
+    cosine=st.floats(-1, 1),
+    ratio=st.floats(-4, 0),
+    exponent=st.floats(-30, 30),
+)
+def test_long_and_short_gradients_follow_the_same_law(
+    cosine: float, ratio: float, exponent: float
+) -> None:
+    """Repeating a gradient 2**17 times scales its Gram matrix, whichever way it is computed."""
+    short = torch.tensor([[1.0, 0.0], [cosine, (1 - cosine**2) ** 0.5]]) * 10**exponent
+    short[1] *= 10**ratio
+    found = []
+    for copies in (1, 2**17):
+        param = nn.Parameter(torch.zeros(2 * copies))
+        opt = wrapped(param)
+        opt.backward(linear_losses([param], [[row.repeat(copies)] for row in short]))
+        assert param.grad is not None
+        found.append(param.grad[:2] / 10**exponent)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
