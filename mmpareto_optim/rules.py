@@ -12,6 +12,9 @@ from mmpareto_optim.solver import check_gram, min_norm_weights, solver_dtype
 Rule = Callable[[Tensor], Tensor]
 """A Gram matrix ``(m, m)`` in, coefficients ``(m,)`` out."""
 
+LONGEST_STRETCH = 2.0**120
+"""Coefficients stay finite in float32, where the gradients' lengths differ by more than that."""
+
 
 def uniform_coefficients(gram: Tensor) -> Tensor:
     """Coefficients of the plain sum of the gradients (the *uniform baseline*): ones.
@@ -64,6 +67,8 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
       gradients within ``2 sqrt(m * eps)`` radians of opposite: 0.001 in float32), none can
       be told from noise and the coefficients are zero, as for exactly opposite gradients.
 
+    The stretch ends at ``2**120``, so that the coefficients are finite in float32 too.
+
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``.
         gamma: factor on the result, positive; the authors' code uses 1.5.
@@ -114,7 +119,12 @@ def _of_two(products: Tensor, eps: float) -> Tensor:
     square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
     sum_square = torch.add(first + second, cross, alpha=2).clamp(min=0)
     smallest = torch.finfo(square.dtype).tiny
-    scale = (sum_square / square.clamp(min=smallest)).sqrt().clamp(min=2).masked_fill(lost, 0)
+    scale = (
+        (sum_square / square.clamp(min=smallest))
+        .sqrt()
+        .clamp(2, LONGEST_STRETCH)
+        .masked_fill(lost, 0)
+    )
     common = torch.stack([scale * alpha, scale * beta], dim=-1)
     return torch.where((cross < 0).unsqueeze(-1), common, torch.ones_like(common))
 
@@ -133,7 +143,7 @@ def _common_of_many(products: Tensor, eps: float) -> Tensor:
     square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
     length = scale * square.clamp(min=0).sqrt()
     sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
-    stretch = torch.where(sum_length > length, sum_length / length, 1.0)
+    stretch = (sum_length / length).clamp(1, LONGEST_STRETCH).nan_to_num(nan=1.0)
     return torch.where(lost, 0.0, scale * alpha * stretch)
 
 
