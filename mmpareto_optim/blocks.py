@@ -31,11 +31,21 @@ class Block:
 
 
 def blocks_by_reach(reach: Reach) -> list[Block]:
-    """One block for each set of losses, of the parameters that just these losses reach."""
-    return [
-        Block(name, objectives, positions, integrated=len(objectives) > 1)
-        for name, objectives, positions in _by_objectives(reach, range(len(reach)))
-    ]
+    """One block for each set of losses, of the parameters that just these losses reach.
+
+    Raises:
+        ValueError: ``+`` in the names of losses gives two of the blocks one name.
+    """
+    blocks: list[Block] = []
+    integrated: dict[str, tuple[str, ...]] = {}
+    for name, objectives, positions in _by_objectives(reach, range(len(reach))):
+        blocks.append(Block(name, objectives, positions, integrated=len(objectives) > 1))
+        if blocks[-1].integrated and integrated.setdefault(name, objectives) != objectives:
+            raise ValueError(
+                f"losses {integrated[name]} reach one block of parameters and losses "
+                f"{objectives} another, and both blocks would be called {name!r}: rename a loss"
+            )
+    return blocks
 
 
 def blocks_by_modality(

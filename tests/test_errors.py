@@ -176,6 +176,21 @@ def test_a_rule_that_fails_for_the_second_block_leaves_the_first_as_it_was() -> 
     assert all(a.equal(b) for a, b in zip(trained.before, trained.snapshot(), strict=True))
 
 
+def test_names_of_losses_that_give_two_blocks_one_name() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    opt = MMParetoOptimizer(torch.optim.SGD([first, second], lr=0.1))
+    losses = {
+        "a+b": first.sum(),
+        "c": first.prod(),
+        "a": second.prod(),
+        "b+c": second.sum(),
+    }
+    with pytest.raises(ValueError, match=r"both blocks would be called 'a\+b\+c': rename a loss"):
+        opt.backward(losses)
+    assert first.grad is None
+    assert second.grad is None
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_sparse_gradients(named: bool) -> None:
     table = nn.Embedding(5, 2, sparse=True)
