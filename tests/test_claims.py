@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
-from scipy.stats import ttest_1samp
 
-pytest.importorskip("sklearn", reason="the examples extra is not installed")
-pytest.importorskip("matplotlib", reason="the examples extra is not installed")
+pytest.importorskip("sklearn", reason="the benchmarks extra is not installed")
+pytest.importorskip("matplotlib", reason="the benchmarks extra is not installed")
 
 import claim_runs
 import claims
 import evidence
+from scipy.optimize import minimize
+from scipy.stats import ttest_1samp
 
 
 def test_the_interval_is_that_of_a_paired_t_test() -> None:
