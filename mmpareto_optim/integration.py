@@ -13,6 +13,7 @@ from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.rules import (
     Rule,
     mmpareto_coefficients,
+    mmpareto_on_the_host,
     pareto_coefficients,
     uniform_coefficients,
     unstretched_coefficients,
@@ -171,6 +172,8 @@ def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
         return pareto_coefficients(grams)
     if method.rescale == "tensor":
         return unstretched_coefficients(grams, method.gamma)
+    if grams.shape[-1] == 2 and type(grams) is Tensor and grams.device.type == "cpu":
+        return mmpareto_on_the_host(grams, method.gamma, eps)
     return mmpareto_coefficients(grams, method.gamma, eps=eps)
 
 

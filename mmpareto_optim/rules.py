@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,43 +92,58 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
     products = gram.to(solver_dtype(gram))
     if gram.shape[-1] == 2:
-        coefficients = _of_two(products, eps)
+        first, cross, _, second = products.flatten(-2).unbind(-1)
+        coefficients = torch.stack(_of_two(first, cross, second, eps, torch), dim=-1)
     else:
         conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
         coefficients = torch.where(conflict, _common_of_many(products, eps), 1.0)
     return (gamma * coefficients).to(gram.dtype)
 
 
-def _of_two(products: Tensor, eps: float) -> Tensor:
+def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float) -> Tensor:
+    """:func:`mmpareto_coefficients` of pairs, ``(..., 2, 2)``, by NumPy on the CPU's own memory.
+
+    A rule is a score of operations on a few numbers each, of which a small model's step is
+    a good part; NumPy begins one in a fraction of PyTorch's time.
+    """
+    products = gram.numpy()
+    with np.errstate(all="ignore"):
+        pair = _of_two(products[..., 0, 0], products[..., 0, 1], products[..., 1, 1], eps, np)
+        return torch.from_numpy(gamma * np.stack(pair, axis=-1))
+
+
+def _of_two(first: Any, cross: Any, second: Any, eps: float, numbers: Any) -> tuple[Any, Any]:
     """Coefficients for two gradients over gamma, in closed form.
 
-    Few operations, one number of each matrix at a time: of a small model's step they are a
-    good part.
+    Args:
+        first: square of the one gradient, a number for each Gram matrix.
+        cross: their inner products.
+        second: squares of the other.
+        eps: as in :func:`mmpareto_coefficients`.
+        numbers: the library that these numbers are of: ``torch`` or ``numpy``.
     """
-    first, cross, _, second = products.flatten(-2).unbind(-1)
     error = 2 * eps
-    bound = first.sqrt() * second.sqrt()
+    bound = numbers.sqrt(first) * numbers.sqrt(second)
     # The projection of the origin on the segment between the two, each cosine less the error.
     # In conflict it falls between the ends, and has no positive product with them just where
     # the two are closer to opposite than the error.
-    opposed = torch.add(-cross, bound, alpha=error)
-    share = torch.add(opposed, second, alpha=1 - error)
-    other_share = torch.add(opposed, first, alpha=1 - error)
+    opposed = error * bound - cross
+    share = opposed + (1 - error) * second
+    other_share = opposed + (1 - error) * first
     total = share + other_share
     alpha, beta = share / total, other_share / total
-    lost = torch.add(cross, bound, alpha=1 - 2 * error) < 0
+    lost = cross + (1 - 2 * error) * bound < 0
 
     square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
-    sum_square = torch.add(first + second, cross, alpha=2).clamp(min=0)
-    smallest = torch.finfo(square.dtype).tiny
-    scale = (
-        (sum_square / square.clamp(min=smallest))
-        .sqrt()
-        .clamp(2, LONGEST_STRETCH)
-        .masked_fill(lost, 0)
+    sum_square = numbers.clip(first + second + 2 * cross, 0, None)
+    smallest = numbers.finfo(square.dtype).tiny
+    ratio = numbers.sqrt(sum_square / numbers.clip(square, smallest, None))
+    scale = numbers.where(lost, 0.0, numbers.clip(ratio, 2, LONGEST_STRETCH))
+    conflict = cross < 0
+    return (
+        numbers.where(conflict, scale * alpha, 1.0),
+        numbers.where(conflict, scale * beta, 1.0),
     )
-    common = torch.stack([scale * alpha, scale * beta], dim=-1)
-    return torch.where((cross < 0).unsqueeze(-1), common, torch.ones_like(common))
 
 
 def _common_of_many(products: Tensor, eps: float) -> Tensor:
