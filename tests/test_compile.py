@@ -13,7 +13,9 @@ from tests.models import LateFusion
 from tests.test_features import grads, optimizer, setting
 
 # The compiler's own.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:The .grad attribute", "ignore:Guards may run slower"
+)
 BACKEND = "aot_eager"  # autograd as with inductor, without its compiler
 
 
