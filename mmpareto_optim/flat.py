@@ -234,6 +234,7 @@ class Bucket:
         self._pieces = [
             self._arranged(like, order) for like, order in zip(likes, self._orders, strict=True)
         ]
+        self._holds_empty = any(piece.numel() == 0 for piece in self._pieces)
         self.size = sum(piece.numel() for piece in self._pieces)
 
     def flatten(self, gradient: Gradient, *, copy: bool = False) -> Tensor:
@@ -251,6 +252,9 @@ class Bucket:
     def unflatten(self, row: Tensor) -> list[Tensor]:
         """Views of a row in the parameters' shapes, dtype and memory formats."""
         pieces = _unflatten_dense_tensors(_cast(row, self._dtype), self._pieces)
+        if self._holds_empty:  # PyTorch 2.8 gives them the shape (0,)
+            shapes = [piece.shape for piece in self._pieces]
+            pieces = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return list(map(self._restored, pieces, self._orders))
 
     def norms(self, row: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpareto_optim.graph import edge_of, edges_behind
+from mmpareto_optim.graph import edge_of, edges_behind, kind_of
 
 Gradient = list[Tensor | None]
 """One tensor for each parameter, None where the loss does not reach it."""
@@ -125,7 +125,7 @@ def _check_not_reentrant(losses: Mapping[str, Tensor]) -> None:
     """
     for name, loss in losses.items():
         for node, _ in edges_behind([edge_of(loss)]):
-            if node.name() == "CheckpointFunctionBackward":
+            if kind_of(node) == "CheckpointFunctionBackward":
                 raise _reentrant(name)
 
 

@@ -34,7 +34,12 @@ def edges_behind(starts: Iterable[Edge], stops: Container[Edge] = ()) -> Iterato
 
 def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
     """The leaf tensors among some edges."""
-    return {node.variable for node, _ in edges if node.name() == "torch::autograd::AccumulateGrad"}
+    return {node.variable for node, _ in edges if kind_of(node) == "AccumulateGrad"}
+
+
+def kind_of(node: Any) -> str:
+    """The name of a node's class; its ``name()`` older PyTorch refuses for functions in Python."""
+    return type(node).__name__
 
 
 BLURRING = {
@@ -65,10 +70,10 @@ def check_not_blurred(losses: Mapping[str, Tensor], stops: Container[Edge] = ())
     for name, loss in losses.items():
         for edge in edges_behind([edge_of(loss)], stops):
             node, output = edge
-            if edge not in stops and node.name() in BLURRING:
+            if edge not in stops and kind_of(node) in BLURRING:
                 reaching.setdefault(node, {}).setdefault(output, set()).add(name)
     for node, outputs in reaching.items():
-        place, mend = BLURRING[node.name()]
+        place, mend = BLURRING[kind_of(node)]
         for one, other in combinations(outputs.values(), 2):
             if one != other:
                 raise ValueError(

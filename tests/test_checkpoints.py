@@ -82,7 +82,9 @@ def test_it_is_the_plain_optimizers_state(base: str) -> None:
     assert str(back.state_dict()) == str(opt.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated"
+)
 def test_to_disk_and_back(tmp_path: Path) -> None:
     model = LateFusion()
     opt = wrapped("Adam", model)

@@ -146,7 +146,7 @@ def test_a_recipe_of_several_processes(page: Path, tmp_path: Path) -> None:
     ]
     told = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0]
-    assert [text.startswith("tensor([") for text in told] == [True, False]
+    assert ["tensor([" in text for text in told] == [True, False]
     assert len(page.read_text().splitlines()) <= SCREEN
 
 

@@ -122,6 +122,8 @@ def two_groups(model: LateFusion) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
+# PyTorch 2.8 of its own SequentialLR.
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedules_are_the_base_optimizers(name: str) -> None:
     model = LateFusion()
