@@ -100,39 +100,30 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3g} ± {np.std(values, ddof=1):.2g}"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], *, judged: bool) -> str:
+    """Markdown, the verdict in front where the rows are ``judged``."""
+    columns = ["difference", "mean and 95 % interval", "sides, mean ± std", "data", "n"]
+    alignments = ["---", "---:", "---:", "---", "---:"]
     lines = [
-        "| claim | data | difference, positive as claimed | figures, mean ± std | mean "
-        "| 95 % interval | n | verdict |",
-        "| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |",
+        [*(["verdict"] if judged else []), *columns],
+        [*(["---"] if judged else []), *alignments],
     ]
-    lines += [f"| {row.claim} | {_cells(row)} | {row.verdict} |" for row in rows]
-    return "\n".join(lines)
+    for row in rows:
+        middle, low, high = row.interval
+        measured = f"{middle:+.3g} [{low:+.3g}, {high:+.3g}]"
+        cells = [row.quantity, measured, row.figures, row.data, str(len(row.differences))]
+        lines.append([*([row.verdict] if judged else []), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def ablation_table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| data | difference | figures, mean ± std | mean | 95 % interval | n |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [f"| {_cells(row)} |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cells(row: Row) -> str:
-    middle, low, high = row.interval
-    return (
-        f"{row.data} | {row.quantity} | {row.figures} | {middle:+.3g} "
-        f"| [{low:+.3g}, {high:+.3g}] | {len(row.differences)}"
-    )
-
-
-def summary(claim: int, rows: Sequence[Row]) -> str:
-    """The claim in words, how it was measured and how many rows have which verdict."""
+def section(claim: int, rows: Sequence[Row]) -> str:
+    """The claim in words, how it was measured, and its rows."""
     title, method = CLAIMS[claim]
-    mine = [row.verdict for row in rows if row.claim == claim]
-    counts = ", ".join(f"{mine.count(v)} {v}" for v in (HOLDS, FAILS, OPEN) if v in mine)
-    return f"{claim}. **{title}.** {method} Rows: {counts or 'none measured'}."
+    mine = [row for row in rows if row.claim == claim]
+    verdicts = [row.verdict for row in mine]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in (HOLDS, FAILS, OPEN) if v in verdicts)
+    parts = [f"## {claim}. {title}", f"{method} Rows: {counts or 'none measured'}."]
+    return "\n\n".join([*parts, table(mine, judged=True)] if mine else parts)
 
 
 def page(rows: Sequence[Row], ablations: Sequence[Row], notes: Sequence[str], run: str) -> str:
@@ -141,12 +132,10 @@ def page(rows: Sequence[Row], ablations: Sequence[Row], notes: Sequence[str], ru
         "Each row is one difference, written so that the claim makes it positive, paired by seed. "
         "*Holds*: its 95 % interval (Student's t) lies above 0; *does not hold*: below 0; "
         "*undecided*: it contains 0. The intervals are not corrected for their number.",
-        table(rows),
-        "## What the rows measure",
-        "\n".join(summary(claim, rows) for claim in CLAIMS),
+        *(section(claim, rows) for claim in CLAIMS),
         "## Ablations",
         "Accuracy in % (mean of the main heads) less that of the second method named.",
-        ablation_table(ablations) if ablations else "Not run.",
+        table(ablations, judged=False) if ablations else "Not run.",
         "## How it was run",
         "\n".join(f"- {note}" for note in notes),
         f"```sh\n{run}\n```",

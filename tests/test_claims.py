@@ -77,7 +77,7 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     measured = [row for row in document["rows"] if row["data"] != "two quadratics"]
     assert {len(row["differences"]) for row in measured} == {2}
     text = page.read_text()
-    assert all(f"{claim}. **" in text for claim in range(1, 9))
+    assert all(f"## {claim}. " in text for claim in range(1, 9))
     assert "Not run: overlaid digits." in text
 
     # Nothing is trained twice, and the page comes out the same.
