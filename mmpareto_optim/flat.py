@@ -48,18 +48,19 @@ class FlatBlock:
         """The coarsest dtype in which gradients are combined, at least float32."""
         return min((bucket.dtype for bucket in self._buckets), key=lambda d: d.itemsize)
 
-    def gram(self) -> Tensor:
+    def gram(self, *, quick: bool = True) -> Tensor:
         """Inner products of the rows, shape ``(rows, rows)``, on the first bucket's device.
 
         Their real parts where gradients are complex. Accumulated in float64, which holds
         products of float32 numbers exactly, and which no setting of the float32 matmul
         precision (TF32, bfloat16) touches. Two long float32 rows on the CPU are multiplied
-        in float32, in half the time, and once more if that leaves a doubt.
+        in float32, in half the time, and once more if that leaves a doubt; not so without
+        ``quick``, for rows that are a part of others, of which there is no telling.
         """
-        if self._may_be_quick():
-            quick = self._quick_gram()
-            if quick is not None:
-                return quick
+        if quick and self._may_be_quick():
+            found = self._quick_gram()
+            if found is not None:
+                return found
         gram: Tensor | None = None
         for bucket in self._buckets:
             part = _gram(self._flatten(bucket))

@@ -94,7 +94,8 @@ def integrate(
             members = [params[position] for position in block.positions]
             flats[block] = ranks.flat(members, taken, keep=keep)
     integrated = [block for block in blocks if block.integrated]
-    totals = ranks.total([flats[block].gram() for block in integrated])
+    whole = ranks.total is ONE_PROCESS.total
+    totals = ranks.total([flats[block].gram(quick=whole) for block in integrated])
     grams = dict(zip(integrated, totals, strict=True))
     coefficients = _coefficients(method, flats, grams, ranks.same)
     stats: dict[str, BlockStats] = {}

@@ -104,9 +104,9 @@ class ShardedBlock:
         """As of :class:`FlatBlock`."""
         return min((flat.dtype for _, _, flat in self._parts), key=lambda d: d.itemsize)
 
-    def gram(self) -> Tensor:
+    def gram(self, *, quick: bool = True) -> Tensor:
         """This rank's part of the inner products of the rows, shape ``(rows, rows)``."""
-        parts = [share * flat.gram() for share, _, flat in self._parts]
+        parts = [share * flat.gram(quick=quick) for share, _, flat in self._parts]
         return torch.stack([part.to(parts[0].device, non_blocking=True) for part in parts]).sum(0)
 
     def sum(self) -> list[Tensor]:

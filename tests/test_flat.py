@@ -1,6 +1,6 @@
 """Gradients of every dtype, layout and length, through the public API."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.gradients import Gradient
-from mmpareto_optim.integration import Method, integrate
+from mmpareto_optim.integration import Method, Ranks, integrate
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -239,3 +239,24 @@ def test_long_and_short_gradients_follow_the_same_law(
         assert param.grad is not None
         found.append(param.grad[:2] / 10**exponent)
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
+
+
+def test_what_is_a_part_of_a_gram_matrix_is_exact() -> None:
+    """Other ranks' parts may cancel it, and then no error is small."""
+    rows = [[torch.full((2**17,), value)] for value in (0.1, 0.7)]
+    matrix = torch.cat([row[0].double().unsqueeze(0) for row in rows])
+    parts: list[Tensor] = []
+
+    def total(grams: Sequence[Tensor]) -> Sequence[Tensor]:
+        parts.extend(grams)
+        return grams
+
+    integrate(
+        [Block("both", ("a", "b"), (0,), integrated=True)],
+        [torch.zeros(2**17)],
+        {"a": list(rows[0]), "b": list(rows[1])},
+        Method("mmpareto", 1.5, "encoder"),
+        keep=True,
+        ranks=Ranks(total=total),
+    )
+    torch.testing.assert_close(parts[0], matrix @ matrix.T, rtol=1e-12, atol=0)
