@@ -1,4 +1,9 @@
 import os
+
+# Before torch is imported, and for the processes that tests start: their tensors are so small
+# that two threads take longer than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Iterator
 from pathlib import Path
 
