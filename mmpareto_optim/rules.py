@@ -154,7 +154,10 @@ def _common_of_many(products: Tensor, eps: float) -> Tensor:
     error = lengths.shape[-1] * eps * lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
     pessimistic = products - error
     alpha = _weights_of_nonzero(pessimistic)
-    lost = ((pessimistic @ alpha.unsqueeze(-1)) < 0).squeeze(-1).any(-1, keepdim=True)
+    # Sums of numbers far larger than they are, where lengths differ much: rounded themselves.
+    rounding = torch.finfo(products.dtype).eps * lengths * (alpha * lengths).sum(-1, keepdim=True)
+    against = (pessimistic @ alpha.unsqueeze(-1)).squeeze(-1) < -lengths.shape[-1] / 2 * rounding
+    lost = against.any(-1, keepdim=True)
 
     scale = (lengths > 0).sum(-1, keepdim=True)
     square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)

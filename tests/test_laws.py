@@ -79,17 +79,30 @@ def test_as_long_as_the_sum_unless_stationary(rows: Tensor) -> None:
     h, opt = integrated(rows)
     (stats,) = opt.stats.values()
     if stats.scale == 0:
-        # Refused: then the min-norm point is nothing beside the gradients that oppose.
-        lengths = rows.double().norm(dim=1)
-        alpha = stats.alpha.double()
-        eps = max(torch.finfo(rows.dtype).eps, torch.finfo(torch.float32).eps)
-        eps = torch.finfo(torch.float64).eps if rows.dtype == torch.float64 else eps
-        spread = float((alpha * lengths).sum())
-        assert float((alpha @ rows.double()).norm()) <= 4 * (len(rows) * eps) ** 0.5 * spread
+        # Refused: then no direction is common to all but for the Gram matrix's rounding. Lengths
+        # do not matter to that.
+        wide = rows.double()[rows.double().norm(dim=1) > 0]
+        unit = wide / wide.norm(dim=1, keepdim=True)
+        nearest = min_norm_weights(unit @ unit.T) @ unit
+        eps = torch.finfo(torch.promote_types(rows.dtype, torch.float32)).eps
+        assert nearest.norm() <= 4 * (len(rows) * eps) ** 0.5
         assert not h.any()
     else:
         wanted = GAMMA * rows.double().sum(0).norm()
         assert h.norm() >= wanted - slack(rows, opt).norm() - 1e-6 * wanted
+
+
+def test_three_gradients_of_very_different_lengths_are_not_refused() -> None:
+    rows = torch.tensor(
+        [
+            [3.9230e-03, -2.2356e-03, -3.1950e-03],
+            [-1.2050e14, 1.0445e14, -6.3323e13],
+            [5.7311e-01, 5.4095e-01, -3.9191e-01],
+        ],
+        dtype=torch.float64,
+    )
+    h, _ = integrated(rows)
+    assert h.any()
 
 
 @given(gradients((torch.float64,), decades=5), st.integers(0, 2**32))
