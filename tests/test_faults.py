@@ -279,7 +279,7 @@ def test_memory_does_not_grow(steps: int) -> None:
     tensors, blocks = live_tensors(), sys.getallocatedblocks()
     steps_of(training, steps)
     gc.collect()
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors
     # The allocator's own blocks settle within some thousand steps, in plain PyTorch too. A number
     # that were kept of each step would be a block each.
     assert sys.getallocatedblocks() - blocks < steps / 2
