@@ -115,6 +115,7 @@ class FlatBlock:
                 result = _combine(rows, coefficients)
                 plain_sum = _combine(rows, torch.ones_like(coefficients))
                 stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
+                stretch = stretch.to(result.dtype)
                 stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
                 factors.append(stretch.to(coefficients.device, non_blocking=True))
                 yield result * bucket.spread(stretch)
@@ -259,8 +260,17 @@ class Bucket:
         return list(map(self._restored, pieces, self._orders))
 
     def norms(self, row: Tensor) -> Tensor:
-        """Norm of each parameter's part of a row, shape ``(parameters,)``."""
-        return torch.stack(torch._foreach_norm(_unflatten_dense_tensors(row, self._pieces)))
+        """Norm of each parameter's part of a row, shape ``(parameters,)``.
+
+        In float64, as squares of float32 numbers overflow and vanish in float32. On the CPU, where
+        that takes several times as long, only if the norms in float32 are not all of a common size.
+        """
+        pieces, exact = _unflatten_dense_tensors(row, self._pieces), solver_dtype(row)
+        if self.device.type == "cpu":
+            norms = torch.stack(torch._foreach_norm(pieces))
+            if bool(((norms > 1e-15) & (norms < 1e15)).all()):
+                return norms.to(exact)
+        return torch.stack(torch._foreach_norm(pieces, dtype=exact))
 
     def spread(self, factors: Tensor) -> Tensor:
         """One factor for each parameter, repeated for each number of a row."""

@@ -5,7 +5,9 @@ that is allowed for is the rounding of ``h``: each of its entries is the sum of 
 ``(m + 2) eps`` of their lengths, and is rounded once more to the parameter's dtype.
 """
 
-from itertools import product
+from fractions import Fraction
+from itertools import combinations, product
+from operator import mul
 
 import pytest
 import torch
@@ -221,3 +223,84 @@ def test_finite_gradients_give_finite_steps(dtype: torch.dtype, third: bool, res
             if rescale == "encoder" and (rows.double() @ rows.double().T < 0).any():
                 unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
                 assert (unit @ h >= -2 * torch.finfo(dtype).eps * h.norm() * 3).all()
+
+
+@pytest.mark.parametrize("exponent", [-30, -25, -20, 0, 20, 30, 37])
+def test_each_tensor_is_stretched_whatever_the_unit(exponent: int) -> None:
+    """The same gradients in another unit: their squares overflow or vanish in float32."""
+    rows = torch.tensor([[1.0, 0.0], [-2.5, 4.0]])
+    expected, _ = integrated(rows, rescale="tensor")
+    (plain,) = (GAMMA * rows.double().sum(0)).norm().unsqueeze(0)
+    torch.testing.assert_close(expected.norm(), plain, rtol=1e-6, atol=0)
+    found, _ = integrated(rows * 10.0**exponent, rescale="tensor")
+    torch.testing.assert_close(found / 10.0**exponent, expected, rtol=1e-6, atol=0)
+
+
+integers = st.integers(2, 5).flatmap(
+    lambda m: st.integers(1, 4).flatmap(
+        lambda n: st.lists(
+            st.lists(st.integers(-9, 9), min_size=n, max_size=n), min_size=m, max_size=m
+        )
+    )
+)
+
+
+@given(integers)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step_of_integer_gradients_is_the_exact_one(
+    dtype: torch.dtype, rows: list[list[int]]
+) -> None:
+    """Against rational arithmetic, which knows no rounding, on every face of the simplex."""
+    assume(all(any(row) for row in rows))  # of zero gradients there are other tests
+    gram = [[Fraction(sum(map(mul, a, b))) for b in rows] for a in rows]
+    plain = [sum(column) for column in zip(*rows, strict=True)]
+    wanted = [GAMMA * x for x in plain]
+    if min(map(min, gram)) < 0:
+        point = exact_min_norm_point(gram, rows)
+        square = float(sum(x * x for x in point))
+        stretch = max(len(rows), (sum(x * x for x in plain) / square) ** 0.5 if square else 0)
+        wanted = [GAMMA * stretch * float(x) for x in point]
+    h, opt = integrated(torch.tensor(rows, dtype=dtype))
+    # The weights are found for cosines smaller by m eps, which turns the direction by the root
+    # of what that is of the min-norm point's share; these integers leave one of at least 1e-3.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    room = 1e4 * eps * torch.tensor(wanted, dtype=torch.float64).norm() + slack(
+        torch.tensor(rows, dtype=dtype), opt
+    )
+    assert ((h - torch.tensor(wanted, dtype=torch.float64)).abs() <= room).all()
+
+
+def exact_min_norm_point(gram: list[list[Fraction]], rows: list[list[int]]) -> list[Fraction]:
+    """The one point of the convex hull that satisfies the optimality conditions."""
+    for size in range(1, len(rows) + 1):
+        for face in combinations(range(len(rows)), size):
+            weights = solved([[gram[i][j] for j in face] for i in face])
+            if weights is None or min(weights) < 0:
+                continue
+            point = [
+                sum((w * rows[i][k] for w, i in zip(weights, face, strict=True)), Fraction(0))
+                for k in range(len(rows[0]))
+            ]
+            square = sum(x * x for x in point)
+            if all(sum(map(mul, point, row)) >= square for row in rows):
+                return point
+    raise AssertionError("every convex hull has a point nearest to the origin")
+
+
+def solved(gram: list[list[Fraction]]) -> list[Fraction] | None:
+    """Weights of sum 1 with equal products ``G w``; None where they are not unique."""
+    m = len(gram)
+    system = [[*row, Fraction(-1), Fraction(0)] for row in gram]
+    system.append([*[Fraction(1)] * m, Fraction(0), Fraction(1)])
+    for i in range(m + 1):
+        pivot = next((k for k in range(i, m + 1) if system[k][i]), None)
+        if pivot is None:
+            return None
+        system[i], system[pivot] = system[pivot], system[i]
+        system[i] = [x / system[i][i] for x in system[i]]
+        for k in range(m + 1):
+            if k != i:
+                system[k] = [
+                    x - system[k][i] * y for x, y in zip(system[k], system[i], strict=True)
+                ]
+    return [row[-1] for row in system[:m]]
