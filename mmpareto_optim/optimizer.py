@@ -446,8 +446,7 @@ class MMParetoOptimizer(Optimizer):
             gradients, stats = integrate(
                 blocks, params, window.rows, method, keep=keep, ranks=ranks
             )
-            for position, gradient in gradients.items():
-                window.write(position, gradient)
+            window.write(gradients)
             self.stats = seen | stats
             self._window = window if keep else None
 

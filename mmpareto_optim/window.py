@@ -1,6 +1,6 @@
 """What has accumulated since the last ``zero_grad``: per-loss gradients, and ``.grad``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import compress
 
 import torch
@@ -55,13 +55,18 @@ class Window:
             reach.append(sets[column])
         return tuple(reach)
 
-    def write(self, position: int, gradient: Tensor) -> None:
-        """Make ``gradient``, and what is foreign, the ``.grad`` of a parameter."""
-        foreign = self.foreign[position]
-        if foreign is not None:
-            gradient = gradient + foreign
-        self.params[position].grad = gradient
-        self._written[position] = (gradient, gradient._version)
+    def write(self, gradients: Mapping[int, Tensor]) -> None:
+        """Make each gradient, and what is foreign, the ``.grad`` of the parameter at its position.
+
+        All sums are there before the first is written: where memory runs out, none is.
+        """
+        totals = {}
+        for position, gradient in gradients.items():
+            foreign = self.foreign[position]
+            totals[position] = gradient if foreign is None else gradient + foreign
+        for position, total in totals.items():
+            self.params[position].grad = total
+            self._written[position] = (total, total._version)
 
     def _is_untouched(self, position: int) -> bool:
         written = self._written[position]

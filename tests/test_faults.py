@@ -5,12 +5,15 @@ import sys
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import mmpareto_optim
 from mmpareto_optim import MMParetoOptimizer
 from mmpareto_optim.flat import _buckets_of
 from tests.models import LateFusion, audio_visual_batch
@@ -131,6 +134,112 @@ def test_an_interrupt_between_backward_and_step() -> None:
     one.opt.backward(one.features_and_losses(2)[1])
     for training in (one, other):  # the loop is started again
         training.opt.zero_grad()
+        training.opt.step(losses=training.features_and_losses(3)[1])
+    assert one.equals(other)
+
+
+class Interrupted:
+    """Raises KeyboardInterrupt at the n-th line that the library runs."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(LIBRARY):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> "Interrupted":
+        self.before = sys.gettrace()
+        sys.settrace(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+LIBRARY = str(Path(mmpareto_optim.__file__).parent)
+
+
+@pytest.mark.parametrize("accumulating", [False, True])
+def test_an_interrupt_at_any_line_of_a_step(accumulating: bool) -> None:
+    """The parameters step as a whole or not at all, and the step after that is right."""
+    start = Training()
+    finished = deepcopy(start)
+
+    def begin(training: Training) -> dict[str, Tensor]:
+        training.opt.zero_grad()
+        if accumulating:
+            training.opt.backward(training.features_and_losses(2)[1])
+        return training.features_and_losses(3)[1]
+
+    losses = begin(finished)
+    with Interrupted(at=0) as counter:
+        finished.opt.step(losses=losses)
+    lines = -counter.left
+    assert lines > 300
+    stepped = 0
+    for at in range(1, lines + 1, 11):
+        training = deepcopy(start)
+        losses = begin(training)
+        grads = [p.grad for p in training.model.parameters()]
+        with pytest.raises(KeyboardInterrupt), Interrupted(at):
+            training.opt.step(losses=losses)
+        same = [a is p.grad for a, p in zip(grads, training.model.parameters(), strict=True)]
+        stepped += training.equals(finished)
+        if not training.equals(finished):
+            found = [*training.model.parameters(), *moments(training)]
+            original = [*start.model.parameters(), *moments(start)]
+            assert all(a.equal(b) for a, b in zip(found, original, strict=True))
+            written = [p.grad for p in finished.model.parameters()]
+            for unchanged, p, whole in zip(same, training.model.parameters(), written, strict=True):
+                assert unchanged or (p.grad is not None and whole is not None)
+                assert unchanged or torch.equal(p.grad, whole)  # type: ignore[arg-type]
+            expected = deepcopy(start)
+            begin(expected)
+        else:
+            expected = deepcopy(finished)
+        for resumed in (training, expected):
+            resumed.opt.zero_grad()
+            resumed.opt.step(losses=resumed.features_and_losses(0)[1])
+        assert training.equals(expected)
+    assert stepped < lines / 11
+
+
+def moments(training: Training) -> list[Tensor]:
+    return [v for s in training.opt.state.values() for v in s.values() if isinstance(v, Tensor)]
+
+
+def test_memory_that_runs_out_when_gradients_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``.grad`` from elsewhere is added to: either each one is or none."""
+    one, other = twins()
+    for training in (one, other):
+        for param in training.model.parameters():
+            param.grad = torch.ones_like(param)
+    losses = one.features_and_losses(3)[1]
+    other.features_and_losses(3)
+    foreign = {id(param.grad) for param in one.model.parameters()}
+    added = []
+    plain = Tensor.__add__
+
+    def short_of_memory(tensor: Tensor, term: Any) -> Tensor:
+        if id(term) in foreign:
+            added.append(term)
+            if len(added) == 3:
+                raise torch.OutOfMemoryError("out of memory")
+        return plain(tensor, term)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "__add__", short_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            one.opt.backward(losses)
+    assert len(added) == 3
+    assert one.equals(other)
+    for training in (one, other):
         training.opt.step(losses=training.features_and_losses(3)[1])
     assert one.equals(other)
 
