@@ -1,17 +1,19 @@
 """Gradients of every dtype, layout and length, through the public API."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
 from mmpareto_optim.blocks import Block
+from mmpareto_optim.flat import QUICK_CHUNK, _is_beyond_doubt
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.integration import Method, Ranks, integrate
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
@@ -260,3 +262,29 @@ def test_what_is_a_part_of_a_gram_matrix_is_exact() -> None:
         ranks=Ranks(total=total),
     )
     torch.testing.assert_close(parts[0], matrix @ matrix.T, rtol=1e-12, atol=0)
+
+
+@given(cosine=st.floats(-1, 1), decades=st.floats(-4, 0), signs=st.tuples(*[st.booleans()] * 3))
+@settings(max_examples=1000)
+def test_float32_products_are_trusted_only_where_their_largest_error_misleads_nobody(
+    cosine: float, decades: float, signs: tuple[bool, ...]
+) -> None:
+    """With 16 numbers added side by side, whatever this machine has."""
+    cosine = cosine**3  # many small ones
+    error = 2**-24 * QUICK_CHUNK / 16
+    first, second = 1.0, 10 ** (2 * decades)
+    bound = math.sqrt(first * second)
+    off = [error if sign else -error for sign in signs]
+    seen = (first * (1 + off[0]), bound * (cosine + off[1]), second * (1 + off[2]))
+    if not _is_beyond_doubt(*seen):
+        return
+    assert (seen[1] < 0) == (cosine < 0)
+    true, computed = (
+        torch.tensor([[a, b], [b, c]], dtype=torch.float64)
+        for a, b, c in ((first, cosine * bound, second), seen)
+    )
+    coefficients = mmpareto_coefficients(computed, eps=torch.finfo(torch.float32).eps)
+    assert (true @ coefficients >= 0).all()
+    # The lengths of h and of the sum are each off by at most error / (1 - |cos|).
+    length, plain = (c @ true @ c for c in (coefficients, torch.ones_like(coefficients)))
+    assert length.sqrt() >= 1.5 * plain.sqrt() * (1 - 0.0055)
