@@ -160,6 +160,8 @@ class Interrupted:
 
     def __exit__(self, *_: object) -> None:
         sys.settrace(self.before)
+        # A trace may raise between a with block and its end, where Python delivers no signal.
+        torch.set_grad_enabled(True)
 
 
 LIBRARY = str(Path(mmpareto_optim.__file__).parent)
