@@ -386,6 +386,7 @@ def plot_modalities(
 
     for axes, (block, part) in zip(others, blocks.items(), strict=True):
         plot_cosines(axes, comparison, block)
-        axes.set_title(f"cos(joint, unimodal gradient), {part}")
+        axes.set_title(part)
+        axes.set_ylabel("smallest cosine between gradients")
     figure.savefig(path, dpi=120)
     print(f"Picture: {path}")
