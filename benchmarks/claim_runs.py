@@ -212,8 +212,7 @@ def train(job: Training, data: Path | None) -> Result:
     task = TASKS[job.task]
     train_split, test_split = splits(task.module, task.split, job.seed, job.validate, data)
     torch.manual_seed(job.seed)  # one start and one order of the batches for all methods
-    make_model = getattr(MODULES[task.module], "make_model", None) or multimnist.SharedTrunk
-    model = make_model(False)
+    model = MODULES[task.module].make_model(False)
     options = argparse.Namespace(lr=job.lr, epochs=job.epochs)
     sgd = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=0.9)
     optimizer = MMParetoOptimizer(sgd, **METHODS[job.method])

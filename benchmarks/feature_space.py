@@ -16,7 +16,6 @@ import argparse
 import json
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,10 +58,7 @@ def train(example: str, method: str, seed: int, options: argparse.Namespace) -> 
     module = EXAMPLES[example]
     train_split, test_split = module.make_data(options, seed)
     torch.manual_seed(seed)
-    make_model: Callable[[bool], torch.nn.Module] = getattr(module, "make_model", None) or (
-        multimnist.SharedTrunk
-    )
-    model = make_model(False)
+    model = module.make_model(False)
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
     optimizer = MMParetoOptimizer(
         sgd, integration="uniform" if method == "uniform" else "mmpareto", gamma=GAMMA

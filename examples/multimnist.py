@@ -59,6 +59,10 @@ class SharedTrunk(nn.Module):
         return self.logits(self.features(image))
 
 
+def make_model(joint: bool) -> SharedTrunk:
+    return SharedTrunk(joint)
+
+
 def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
     train_x, train_y, test_x, test_y = load(options)
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +101,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 def main() -> None:
     started = perf_counter()
     options = parse_options(__doc__.split("\n")[0])
-    comparison = compare(options, make_data, SharedTrunk)
+    comparison = compare(options, make_data, make_model)
     path = report(comparison, "multimnist", options.data, HEADS, BLOCKS, started)
     plot(comparison, path)
     print(f"Picture: {path}")
