@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 Modalities = dict[str, dict[Tensor, str]]
 """For each modality its parameters, each with a name for error messages."""
 
-Reach = Sequence[tuple[str, ...]]
+Reach = tuple[tuple[str, ...], ...]
 """For each parameter the names of the losses that reach it, in the order of the losses."""
 
 
@@ -30,7 +31,8 @@ class Block:
     integrated: bool
 
 
-def blocks_by_reach(reach: Reach) -> list[Block]:
+@lru_cache(maxsize=64)
+def blocks_by_reach(reach: Reach) -> tuple[Block, ...]:
     """One block for each set of losses, of the parameters that just these losses reach.
 
     Raises:
@@ -45,12 +47,12 @@ def blocks_by_reach(reach: Reach) -> list[Block]:
                 f"losses {integrated[name]} reach one block of parameters and losses "
                 f"{objectives} another, and both blocks would be called {name!r}: rename a loss"
             )
-    return blocks
+    return tuple(blocks)
 
 
 def blocks_by_modality(
     reach: Reach, params: Sequence[Tensor], modalities: Modalities, losses: Iterable[str]
-) -> list[Block]:
+) -> tuple[Block, ...]:
     """One block for each modality, over the losses that reach any part of it.
 
     What the modalities leave out is not integrated: its gradients are added.
@@ -64,10 +66,11 @@ def blocks_by_modality(
             blocks.append(Block(modality, objectives, positions, integrated=len(objectives) > 1))
     claimed = {position for block in blocks for position in block.positions}
     rest = [position for position in range(len(params)) if position not in claimed]
-    return blocks + [
+    blocks += [
         Block(name, objectives, positions, integrated=False)
         for name, objectives, positions in _by_objectives(reach, rest)
     ]
+    return tuple(blocks)
 
 
 def _by_objectives(

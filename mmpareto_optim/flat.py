@@ -78,13 +78,13 @@ class FlatBlock:
 
     def _quick_gram(self) -> Tensor | None:
         """The Gram matrix of two rows by float32 products; None if that leaves a doubt."""
-        dots = []
+        first = cross = second = 0.0
         for bucket in self._buckets:
             pieces = (row.split(QUICK_CHUNK) for row in self._flatten(bucket))
             for one, other in zip(*pieces, strict=True):
-                dots += [torch.dot(one, one), torch.dot(one, other), torch.dot(other, other)]
-        sums = torch.stack(dots).view(-1, 3).sum(0, dtype=torch.float64)
-        first, cross, second = sums.tolist()
+                first += float(torch.dot(one, one))
+                cross += float(torch.dot(one, other))
+                second += float(torch.dot(other, other))
         if not _is_beyond_doubt(first, cross, second):
             return None
         return torch.tensor([[first, cross], [cross, second]], dtype=torch.float64)

@@ -529,7 +529,9 @@ class MMParetoOptimizer(Optimizer):
             self._sharding = Sharding(params, group)
         return self._sharding
 
-    def _blocks(self, window: Window, modalities: Modalities | None, losses: Losses) -> list[Block]:
+    def _blocks(
+        self, window: Window, modalities: Modalities | None, losses: Losses
+    ) -> tuple[Block, ...]:
         reach = window.reach()
         if reach != self._checked_reach:
             # A walk over the graph costs as much as a small backward; the same reach again

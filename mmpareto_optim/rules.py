@@ -1,11 +1,11 @@
 """Rules: pure functions from a Gram matrix of gradients to the coefficients of their sum."""
 
 import math
+import sys
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,40 +93,60 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     products = gram.to(solver_dtype(gram))
     if gram.shape[-1] == 2:
         first, cross, _, second = products.flatten(-2).unbind(-1)
-        coefficients = torch.stack(_of_two(first, cross, second, eps, torch), dim=-1)
+        tiny = torch.finfo(products.dtype).tiny
+        common = torch.stack(_of_two(first, cross, second, eps, tiny, torch), dim=-1)
     else:
-        conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
-        coefficients = torch.where(conflict, _common_of_many(products, eps), 1.0)
-    return (gamma * coefficients).to(gram.dtype)
+        common = _common_of_many(products, eps)
+    conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
+    return (gamma * torch.where(conflict, common, 1.0)).to(gram.dtype)
 
 
-def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float) -> Tensor:
-    """:func:`mmpareto_coefficients` of pairs, ``(..., 2, 2)``, by NumPy on the CPU's own memory.
+def mmpareto_on_the_host(grams: Tensor, gamma: float, eps: float) -> Tensor:
+    """:func:`mmpareto_coefficients` of float64 pairs ``(n, 2, 2)``, in Python's own numbers.
 
-    A rule is a score of operations on a few numbers each, of which a small model's step is
-    a good part; NumPy begins one in a fraction of PyTorch's time.
+    A rule is a score of operations on a few numbers, of which a small model's step would be a
+    good part: one of PyTorch's takes a microsecond or more to begin.
     """
-    products = gram.numpy()
-    with np.errstate(all="ignore"):
-        pair = _of_two(products[..., 0, 0], products[..., 0, 1], products[..., 1, 1], eps, np)
-        return torch.from_numpy(gamma * np.stack(pair, axis=-1))
+    pairs = [
+        _of_two(first, cross, second, eps, sys.float_info.min, _Floats) if cross < 0 else (1.0, 1.0)
+        for (first, cross), (_, second) in grams.tolist()
+    ]
+    return gamma * torch.tensor(pairs, dtype=grams.dtype)
 
 
-def _of_two(first: Any, cross: Any, second: Any, eps: float, numbers: Any) -> tuple[Any, Any]:
-    """Coefficients for two gradients over gamma, in closed form.
+class _Floats:
+    """What :func:`_of_two` asks of a library, for single numbers. NaN stays NaN."""
+
+    sqrt = math.sqrt
+
+    @staticmethod
+    def clip(number: float, low: float | None, high: float | None) -> float:
+        number = number if low is None else max(number, low)
+        return number if high is None else min(number, high)
+
+    @staticmethod
+    def where(condition: bool, one: float, other: float) -> float:
+        return one if condition else other
+
+
+def _of_two(
+    first: Any, cross: Any, second: Any, eps: float, tiny: float, numbers: Any
+) -> tuple[Any, Any]:
+    """Coefficients for two gradients in conflict over gamma, in closed form.
 
     Args:
         first: square of the one gradient, a number for each Gram matrix.
         cross: their inner products.
         second: squares of the other.
         eps: as in :func:`mmpareto_coefficients`.
-        numbers: the library that these numbers are of: ``torch`` or ``numpy``.
+        tiny: the smallest normal number of their type.
+        numbers: ``torch``, or :class:`_Floats` for single numbers.
     """
     error = 2 * eps
     bound = numbers.sqrt(first) * numbers.sqrt(second)
     # The projection of the origin on the segment between the two, each cosine less the error.
-    # In conflict it falls between the ends, and has no positive product with them just where
-    # the two are closer to opposite than the error.
+    # It falls between the ends, and has no positive product with them just where the two are
+    # closer to opposite than the error.
     opposed = error * bound - cross
     share = opposed + (1 - error) * second
     other_share = opposed + (1 - error) * first
@@ -136,14 +156,9 @@ def _of_two(first: Any, cross: Any, second: Any, eps: float, numbers: Any) -> tu
 
     square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
     sum_square = numbers.clip(first + second + 2 * cross, 0, None)
-    smallest = numbers.finfo(square.dtype).tiny
-    ratio = numbers.sqrt(sum_square / numbers.clip(square, smallest, None))
+    ratio = numbers.sqrt(sum_square / numbers.clip(square, tiny, None))
     scale = numbers.where(lost, 0.0, numbers.clip(ratio, 2, LONGEST_STRETCH))
-    conflict = cross < 0
-    return (
-        numbers.where(conflict, scale * alpha, 1.0),
-        numbers.where(conflict, scale * beta, 1.0),
-    )
+    return scale * alpha, scale * beta
 
 
 def _common_of_many(products: Tensor, eps: float) -> Tensor:
