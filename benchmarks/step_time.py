@@ -5,9 +5,11 @@
     python benchmarks/step_time.py --device cuda --output benchmarks/RESULTS_CUDA.md
 
 Medians over interleaved rounds, each with the middle half of its distribution; ratios are
-medians of the ratios within a round, so that slow moments of the machine cancel out. Peak
-memory is what four steps of one method take beyond the model and the batch: on the CPU of a
-process of its own, with what PyTorch loads on first use; on a GPU what is allocated.
+medians of the ratios within a round, so that slow moments of the machine cancel out. Each round
+has an order of its own, drawn at random: what ran just before a small model's step, and left its
+code in the caches or not, changes its time by several percent. Peak memory is what four steps
+of one method take beyond the model and the batch: on the CPU of a process of its own, with what
+PyTorch loads on first use; on a GPU what is allocated.
 
 On a GPU a step is timed until the device has finished it. Methods that never wait for the
 device are timed once more as CUDA graphs: the device's time without that of Python.
@@ -127,11 +129,12 @@ def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, li
     for _ in range(3):
         for step in steps.values():
             step()
+    orders = np.random.default_rng(0)
     for _ in track(range(rounds or usual), description=case):
-        for method, step in steps.items():
+        for method in orders.permutation(list(steps)):
             wait()
             started = perf_counter()
-            step()
+            steps[method]()
             wait()
             seconds[method].append(perf_counter() - started)
     return seconds
