@@ -40,11 +40,11 @@ CPU_CASES: dict[str, Case] = {
     "mlp, batch 16": ("mlp", 16, 64, 300),
     "mlp, batch 256": ("mlp", 256, 64, 300),
     "mlp, width 512, batch 16": ("mlp", 16, 512, 200),
-    "transformer, batch 4": ("transformer", 4, 256, 15),
-    "transformer, batch 16": ("transformer", 16, 256, 10),
-    "transformer, width 512, batch 4": ("transformer", 4, 512, 10),
-    "two ResNet-18, batch 4": ("resnet18", 4, None, 10),
-    "two ResNet-18, batch 16": ("resnet18", 16, None, 10),
+    "transformer, batch 4": ("transformer", 4, 256, 45),
+    "transformer, batch 16": ("transformer", 16, 256, 30),
+    "transformer, width 512, batch 4": ("transformer", 4, 512, 20),
+    "two ResNet-18, batch 4": ("resnet18", 4, None, 30),
+    "two ResNet-18, batch 16": ("resnet18", 16, None, 24),
 }
 CUDA_CASES: dict[str, Case] = {
     "mlp, batch 16": ("mlp", 16, 64, 100),
