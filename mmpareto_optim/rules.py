@@ -120,9 +120,8 @@ class _Floats:
     sqrt = math.sqrt
 
     @staticmethod
-    def clip(number: float, low: float | None, high: float | None) -> float:
-        number = number if low is None else max(number, low)
-        return number if high is None else min(number, high)
+    def clip(number: float, low: float, high: float) -> float:
+        return min(max(number, low), high)
 
     @staticmethod
     def where(condition: bool, one: float, other: float) -> float:
@@ -155,8 +154,8 @@ def _of_two(
     lost = cross + (1 - 2 * error) * bound < 0
 
     square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
-    sum_square = numbers.clip(first + second + 2 * cross, 0, None)
-    ratio = numbers.sqrt(sum_square / numbers.clip(square, tiny, None))
+    sum_square = numbers.clip(first + second + 2 * cross, 0, math.inf)
+    ratio = numbers.sqrt(sum_square / numbers.clip(square, tiny, math.inf))
     scale = numbers.where(lost, 0.0, numbers.clip(ratio, 2, LONGEST_STRETCH))
     return scale * alpha, scale * beta
 
