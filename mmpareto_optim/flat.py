@@ -10,12 +10,21 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mmpareto_optim.gradients import Gradient
+from mmpareto_optim.ownership import alias_of, is_owned
 from mmpareto_optim.solver import solver_dtype
 
 
 def bucket_size(device: torch.device) -> int:
     """Elements of a bucket: what a core's cache holds, or, elsewhere, worth a kernel launch."""
     return 2**18 if device.type == "cpu" else 2**22
+
+
+def long_tensor(device: torch.device) -> int:
+    """Elements from which a tensor has a bucket to itself, and is not copied into one.
+
+    On the CPU an operation more costs less than the copy.
+    """
+    return 2**15 if device.type == "cpu" else bucket_size(device)
 
 
 QUICK_CHUNK = 2**16
@@ -28,14 +37,17 @@ class FlatBlock:
     Args:
         params: the parameters of the block.
         rows: for each objective its gradient, one tensor or None for each parameter. Emptied
-            bucket by bucket as they are combined, so that their memory serves the result.
+            bucket by bucket as they are combined, so that their memory serves the result: what
+            nobody else holds is written, or is the result.
         keep: whether somebody else holds on to what is in ``rows``.
     """
 
     def __init__(
         self, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
     ) -> None:
+        self._params = params
         self._rows = rows
+        self._keep = keep
         self._buckets = _buckets_of(
             tuple(_Kind(p.shape, p.stride(), p.dtype, p.device) for p in params)
         )
@@ -90,13 +102,16 @@ class FlatBlock:
         return torch.tensor([[first, cross], [cross, second]], dtype=torch.float64)
 
     def sum(self) -> list[Tensor]:
-        """The sum of the rows: one new tensor for each parameter, in its shape."""
+        """The sum of the rows: for each parameter a tensor of its own, in its shape."""
+        if len(self._rows) == 1 and not self._keep:
+            return self._handed_on()
         return self._in_order(self._sum(bucket) for bucket in self._buckets)
 
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """``sum_i c_i row_i``, as :meth:`sum`; ``coefficients`` has shape ``(rows,)``."""
         return self._in_order(
-            _combine(self._flatten(bucket), coefficients) for bucket in self._buckets
+            _combine(rows, coefficients, into=_writable(rows[0]))
+            for rows in map(self._flatten, self._buckets)
         )
 
     def combine_and_stretch(
@@ -136,10 +151,29 @@ class FlatBlock:
             for position in bucket.positions:
                 row[position] = None
 
+    def _handed_on(self) -> list[Tensor]:
+        """The only row itself; copies of what somebody else holds, or in another layout."""
+        (row,) = self._rows
+        found, shared = {}, []
+        for position, param in enumerate(self._params):
+            gradient = row[position]
+            row[position] = alias = None if gradient is None else alias_of(gradient)
+            del gradient
+            if alias is not None and _is_like(alias, param) and is_owned(alias):
+                found[position] = alias
+            else:
+                shared.append(position)
+        rest = [self._params[position] for position in shared]
+        copies = FlatBlock(rest, [[row[position] for position in shared]], keep=True).sum()
+        found.update(zip(shared, copies, strict=True))
+        return [found[position] for position in range(len(found))]
+
     def _sum(self, bucket: "Bucket") -> Tensor:
-        total = bucket.flatten(self._rows[0], copy=True)
-        for row in self._rows[1:]:
-            total += bucket.flatten(row)
+        first, *others = self._flatten(bucket)
+        total = _writable(first)
+        total = first.clone() if total is None else total
+        for row in others:
+            total += row
         return total
 
     def _in_order(self, results: Iterator[Tensor]) -> list[Tensor]:
@@ -191,11 +225,19 @@ def _inner_products(rows: list[Tensor]) -> Tensor:
     return matrix @ matrix.T
 
 
-def _combine(rows: Sequence[Tensor], coefficients: Tensor) -> Tensor:
+def _writable(row: Tensor) -> Tensor | None:
+    return row if is_owned(row) else None
+
+
+def _is_like(gradient: Tensor, param: Tensor) -> bool:
+    return gradient.stride() == param.stride() and gradient.dtype == param.dtype
+
+
+def _combine(rows: Sequence[Tensor], coefficients: Tensor, *, into: Tensor | None = None) -> Tensor:
     first, *others = rows
     factors = coefficients.to(first.device, first.dtype, non_blocking=True).unbind()
     # Elementwise and not a matmul, which may run in TF32.
-    total = first * factors[0]
+    total = torch.mul(first, factors[0], out=into)
     for row, factor in zip(others, factors[1:], strict=True):
         total.addcmul_(row, factor)
     return total
@@ -239,16 +281,16 @@ class Bucket:
         self._holds_empty = any(piece.numel() == 0 for piece in self._pieces)
         self.size = sum(piece.numel() for piece in self._pieces)
 
-    def flatten(self, gradient: Gradient, *, copy: bool = False) -> Tensor:
+    def flatten(self, gradient: Gradient) -> Tensor:
         """The gradients of the bucket's parameters as one row; zeros for None.
 
-        Without ``copy`` the row may be a view of the gradient: it is to be read, not written.
+        In the gradient's own memory, where that is a row.
         """
         pieces = [
             self._piece(gradient[position], index) for index, position in enumerate(self.positions)
         ]
         if len(pieces) == 1:
-            return pieces[0].reshape(-1).to(self.dtype, copy=copy)
+            return _cast(alias_of(pieces[0].reshape(-1)), self.dtype)
         return _cast(_flatten_dense_tensors(pieces), self.dtype)
 
     def unflatten(self, row: Tensor) -> list[Tensor]:
@@ -304,6 +346,9 @@ def _buckets_of(kinds: tuple[_Kind, ...]) -> list[Bucket]:
     closed: list[list[int]] = []
     for position, kind in enumerate(kinds):
         key, elements = (kind.device, kind.dtype), kind.shape.numel()
+        if elements >= long_tensor(kind.device):
+            closed.append([position])
+            continue
         members, size = open_buckets.get(key, ([], 0))
         if members and size + elements > bucket_size(kind.device):
             closed.append(members)
