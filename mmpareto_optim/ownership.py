@@ -31,6 +31,6 @@ def _holders(storage: UntypedStorage) -> int:
     return 0 if _use_count is None else _use_count(storage._cdata)
 
 
-_alone = torch.empty(0)
+_alone = torch.empty(0, device="cpu")
 _ALONE = _holders(_alone.untyped_storage())
 """A tensor, and the object in Python that its storage is asked for by."""
