@@ -5,11 +5,13 @@
     python benchmarks/step_time.py --device cuda --output benchmarks/RESULTS_CUDA.md
 
 Medians over interleaved rounds, each with the middle half of its distribution; ratios are
-medians of the ratios within a round, so that slow moments of the machine cancel out. Each round
-has an order of its own, drawn at random: what ran just before a small model's step, and left its
-code in the caches or not, changes its time by several percent. Peak memory is what four steps
-of one method take beyond the model and the batch: on the CPU of a process of its own, with what
-PyTorch loads on first use; on a GPU what is allocated.
+medians of the ratios within a round, so that slow moments of the machine cancel out. The interval
+beside "x floor" is that median's, by order statistics; it speaks of this run alone, other
+processes and hours differ more. Each round has an order of its own, drawn at random: what ran
+just before a small model's step, and left its code in the caches or not, changes its time by
+several percent. Peak memory is what four steps of one method take beyond the model and the batch:
+on the CPU of a process of its own, with what PyTorch loads on first use; on a GPU what is
+allocated.
 
 On a GPU a step is timed until the device has finished it. Methods that never wait for the
 device are timed once more as CUDA graphs: the device's time without that of Python.
@@ -31,7 +33,9 @@ import numpy as np
 import torch
 from methods import METHODS, Step
 from models import Inputs, LateFusion, build
+from numpy.typing import NDArray
 from rich.progress import track
+from scipy import stats
 
 FOLDER = Path(__file__).parent
 Case = tuple[str, int, int | None, int]
@@ -140,6 +144,13 @@ def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, li
     return seconds
 
 
+def median_interval(ratios: NDArray[np.float64]) -> str:
+    if np.ptp(ratios) == 0 or len(ratios) < 6:  # fewer cannot bound a median at this level
+        return ""
+    low, high = stats.quantile_test(ratios, p=0.5).confidence_interval()
+    return f"{low:.3f} to {high:.3f}"
+
+
 def table(
     case: str, device: torch.device, seconds: dict[str, list[float]], peaks: dict[str, float]
 ) -> str:
@@ -148,18 +159,17 @@ def table(
     lines = [
         f"## {case}\n",
         f"{parameters / 1e6:.2f} M parameters.\n",
-        "| | ms | middle half | x uniform | x floor | peak MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| | ms | middle half | x uniform | x floor | its 95 % interval | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, times in seconds.items():
         low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
         way = GRAPH if method.endswith(GRAPH) else ""
-        ratios = [np.median(np.divide(times, seconds[other + way])) for other in (UNIFORM, FLOOR)]
+        x_uniform, x_floor = (np.divide(times, seconds[other + way]) for other in (UNIFORM, FLOOR))
         megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
-        spread = f"{low:.2f} to {high:.2f}"
         lines.append(
-            f"| {method} | {middle:.2f} | {spread} | {ratios[0]:.2f} | {ratios[1]:.3f} "
-            f"| {megabytes} |"
+            f"| {method} | {middle:.2f} | {low:.2f} to {high:.2f} | {np.median(x_uniform):.2f} "
+            f"| {np.median(x_floor):.3f} | {median_interval(x_floor)} | {megabytes} |"
         )
     return "\n".join(lines) + "\n"
 
