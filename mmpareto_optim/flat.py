@@ -60,7 +60,7 @@ class FlatBlock:
         """The coarsest dtype in which gradients are combined, at least float32."""
         return min((bucket.dtype for bucket in self._buckets), key=lambda d: d.itemsize)
 
-    def gram(self, *, quick: bool = True) -> Tensor:
+    def gram(self, *, quick: bool = True, beside: Tensor | None = None) -> Tensor:
         """Inner products of the rows, shape ``(rows, rows)``, on the first bucket's device.
 
         Their real parts where gradients are complex. Accumulated in float64, which holds
@@ -68,12 +68,16 @@ class FlatBlock:
         precision (TF32, bfloat16) touches. Two long float32 rows on the CPU are multiplied
         in float32, in half the time, and once more if that leaves a doubt; not so without
         ``quick``, for rows that are a part of others, of which there is no telling.
+
+        Args:
+            quick: as said.
+            beside: the inner products of what else the rows consist of, to be added.
         """
         if quick and self._may_be_quick():
-            found = self._quick_gram()
+            found = self._quick_gram(beside)
             if found is not None:
                 return found
-        gram: Tensor | None = None
+        gram = beside
         for bucket in self._buckets:
             part = _gram(self._flatten(bucket))
             gram = part if gram is None else gram + part.to(gram.device, non_blocking=True)
@@ -88,9 +92,11 @@ class FlatBlock:
             and sum(bucket.size for bucket in self._buckets) > QUICK_CHUNK
         )
 
-    def _quick_gram(self) -> Tensor | None:
+    def _quick_gram(self, beside: Tensor | None) -> Tensor | None:
         """The Gram matrix of two rows by float32 products; None if that leaves a doubt."""
         first = cross = second = 0.0
+        if beside is not None:
+            (first, cross), (_, second) = beside.tolist()
         for bucket in self._buckets:
             pieces = (row.split(QUICK_CHUNK) for row in self._flatten(bucket))
             for one, other in zip(*pieces, strict=True):
@@ -110,7 +116,7 @@ class FlatBlock:
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """``sum_i c_i row_i``, as :meth:`sum`; ``coefficients`` has shape ``(rows,)``."""
         return self._in_order(
-            _combine(rows, coefficients, into=_writable(rows[0]))
+            combine_rows(rows, coefficients, into=_writable(rows[0]))
             for rows in map(self._flatten, self._buckets)
         )
 
@@ -127,8 +133,8 @@ class FlatBlock:
         def stretched() -> Iterator[Tensor]:
             for bucket in self._buckets:
                 rows = self._flatten(bucket)
-                result = _combine(rows, coefficients)
-                plain_sum = _combine(rows, torch.ones_like(coefficients))
+                result = combine_rows(rows, coefficients)
+                plain_sum = combine_rows(rows, torch.ones_like(coefficients))
                 stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
                 stretch = stretch.to(result.dtype)
                 stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
@@ -233,7 +239,10 @@ def _is_like(gradient: Tensor, param: Tensor) -> bool:
     return gradient.stride() == param.stride() and gradient.dtype == param.dtype
 
 
-def _combine(rows: Sequence[Tensor], coefficients: Tensor, *, into: Tensor | None = None) -> Tensor:
+def combine_rows(
+    rows: Sequence[Tensor], coefficients: Tensor, *, into: Tensor | None = None
+) -> Tensor:
+    """``sum_i c_i row_i``: a new tensor, or ``into``."""
     first, *others = rows
     factors = coefficients.to(first.device, first.dtype, non_blocking=True).unbind()
     # Elementwise and not a matmul, which may run in TF32.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block
+from mmpareto_optim.factors import FactoredBlock
 from mmpareto_optim.flat import FlatBlock
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.rules import (
@@ -33,7 +34,7 @@ class Method:
     rescale: Literal["encoder", "tensor"]
 
 
-Flat = FlatBlock | ShardedBlock
+Flat = FlatBlock | FactoredBlock | ShardedBlock
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -45,13 +46,11 @@ class Ranks:
     """How several processes integrate as one.
 
     Attributes:
-        flat: makes flat rows of a block's gradients, as :class:`FlatBlock` does.
         total: from this rank's Gram matrices to those of the whole.
         same: from what a function of the user's returned here to what all ranks take: it may
             be random.
     """
 
-    flat: Callable[..., Flat] = FlatBlock
     total: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
     same: Callable[[Tensor], Tensor] = _itself
 
@@ -66,6 +65,7 @@ def integrate(
     method: Method,
     *,
     keep: bool,
+    flatten: Callable[..., Flat] = FlatBlock,
     ranks: Ranks = ONE_PROCESS,
 ) -> tuple[dict[int, Tensor], dict[str, BlockStats]]:
     """One gradient for each parameter that is in a block.
@@ -76,6 +76,7 @@ def integrate(
         rows: for each objective its gradient, one tensor or None for each of ``params``.
         method: how the blocks that are to be integrated are; the others' rows are added.
         keep: whether ``rows`` are needed afterwards; otherwise they are emptied.
+        flatten: makes of a block's gradients what has the methods of :class:`FlatBlock`.
         ranks: how several processes do it as one.
 
     Returns:
@@ -86,13 +87,13 @@ def integrate(
         ValueError: an integration function of the user's returns another shape, or has a
             ``reset()`` and would serve several blocks.
     """
-    gradients = _of_one_objective(blocks, params, rows, keep=keep, flat=ranks.flat)
+    gradients = _of_one_objective(blocks, params, rows, keep=keep, flatten=flatten)
     flats: dict[Block, Flat] = {}
     for block in blocks:
         if len(block.objectives) > 1:
             taken = [_take(rows[name], block.positions, keep=keep) for name in block.objectives]
             members = [params[position] for position in block.positions]
-            flats[block] = ranks.flat(members, taken, keep=keep)
+            flats[block] = flatten(members, taken, keep=keep)
     integrated = [block for block in blocks if block.integrated]
     whole = ranks.total is ONE_PROCESS.total
     totals = ranks.total([flats[block].gram(quick=whole) for block in integrated])
@@ -120,7 +121,7 @@ def _of_one_objective(
     rows: Mapping[str, Gradient],
     *,
     keep: bool,
-    flat: Callable[..., Flat],
+    flatten: Callable[..., Flat],
 ) -> dict[int, Tensor]:
     """The gradients of all blocks that have one, copied together."""
     positions: list[int] = []
@@ -129,7 +130,7 @@ def _of_one_objective(
         if len(block.objectives) == 1:
             positions += block.positions
             gradient += _take(rows[block.objectives[0]], block.positions, keep=keep)
-    copies = flat([params[position] for position in positions], [gradient]).sum()
+    copies = flatten([params[position] for position in positions], [gradient]).sum()
     return dict(zip(positions, copies, strict=True))
 
 

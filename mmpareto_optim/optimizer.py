@@ -3,7 +3,7 @@
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -28,10 +28,17 @@ from mmpareto_optim.distributed import (
     group_of,
     is_initialized,
 )
+from mmpareto_optim.factors import (
+    Layers,
+    block_with_factors,
+    gradients_by_factors,
+    layers_of,
+)
 from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
-from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
+from mmpareto_optim.flat import FlatBlock
+from mmpareto_optim.gradients import Gradient, by_autograd, check_losses, gradients_of
 from mmpareto_optim.graph import check_not_blurred
-from mmpareto_optim.integration import Integration, Method, Ranks, integrate
+from mmpareto_optim.integration import Flat, Integration, Method, Ranks, integrate
 from mmpareto_optim.rules import check_gamma
 from mmpareto_optim.sharded import Sharding, gradients_by_backward, is_dtensor, local_part, whole
 from mmpareto_optim.stats import BlockStats
@@ -180,6 +187,12 @@ class MMParetoOptimizer(Optimizer):
         param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> Any:
         """Integrate the losses' gradients, if losses are given, and step the base.
+
+        With ``losses`` it is :meth:`backward` and the base's step, and saves what only a later
+        ``backward`` would need. On the CPU in float32 the gradients of wide weights on which a
+        batch puts few rows are never made one by one, but multiplied out once they are combined;
+        a hook on a *node* of the graph (``grad_fn.register_hook``, the deprecated
+        ``Module.register_backward_hook``) does not change these. Other hooks do.
 
         Args:
             closure: re-evaluates the model: clears the gradients and returns the mapping
@@ -429,8 +442,10 @@ class MMParetoOptimizer(Optimizer):
                 constants = _constants(params, method, modalities, features)
             # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
             foreign = [param.grad for param in params]
+            alone = features is None and processes is None and sharding is None
+            layers = self._layers(losses, params) if alone and not keep else {}
             rows, seen = self._gradients(
-                losses, features, params, method, processes, constants, sharding
+                losses, features, params, method, processes, constants, sharding, layers
             )
         with torch.no_grad():
             if processes is not None:
@@ -442,9 +457,14 @@ class MMParetoOptimizer(Optimizer):
             if earlier is not None:
                 window.extend(earlier)
             blocks = self._blocks(window, modalities, losses)
-            ranks = _ranks(processes, sharding)
             gradients, stats = integrate(
-                blocks, params, window.rows, method, keep=keep, ranks=ranks
+                blocks,
+                params,
+                window.rows,
+                method,
+                keep=keep,
+                flatten=_flatten(sharding, layers),
+                ranks=_ranks(processes, sharding),
             )
             window.write(gradients)
             self.stats = seen | stats
@@ -459,6 +479,7 @@ class MMParetoOptimizer(Optimizer):
         processes: Processes | None,
         constants: Constants,
         sharding: Sharding | None,
+        layers: Layers,
     ) -> tuple[dict[str, Gradient], dict[str, BlockStats]]:
         """Each loss's gradient on this rank, and what was integrated at features, if any."""
         if features is not None:
@@ -466,12 +487,19 @@ class MMParetoOptimizer(Optimizer):
                 losses, features, params, method, self._describe, processes, constants
             )
         if sharding is None:
-            return gradients_of(losses, params, self._describe), {}
+            differentiate = partial(gradients_by_factors, layers) if layers else by_autograd
+            return gradients_of(losses, params, self._describe, differentiate), {}
         if processes is not None:
             processes.check_alike((*constants, ("losses", tuple(losses))))
         rows = gradients_of(losses, params, self._describe, gradients_by_backward)
         sharding.check_reached(rows)
         return rows, {}
+
+    def _layers(self, losses: Losses, params: Sequence[Tensor]) -> Layers:
+        """The weights whose gradients may stay factors: nobody asks for more than their sum."""
+        if self._window is not None or self.rescale == "tensor":
+            return {}
+        return layers_of(losses.values(), params)
 
     def _check_features(self, features: Mapping[str, Tensor] | None) -> None:
         if features is not None:
@@ -616,12 +644,18 @@ def _averaged(
     return united
 
 
+def _flatten(sharding: Sharding | None, layers: Layers) -> Callable[..., Flat]:
+    if sharding is not None:
+        return sharding.flat
+    return partial(block_with_factors, layers) if layers else FlatBlock
+
+
 def _ranks(processes: Processes | None, sharding: Sharding | None) -> Ranks:
     found: dict[str, Any] = {}
     if processes is not None:
         found["same"] = processes.same
     if sharding is not None:
-        found.update(flat=sharding.flat, total=sharding.total)
+        found["total"] = sharding.total
     return Ranks(**found)
 
 

@@ -1,0 +1,289 @@
+"""Weight gradients as factors, multiplied out once: below the cost of two weight gradients.
+
+The gradient of loss i for the weight of a linear layer is ``D_i.T @ X``: the layer's inputs
+``X`` ``(n, in)``, one row for each use of the weight in the batch, and the gradient at its outputs
+``D_i`` ``(n, out)``. Two of them have the inner product ``((X @ X.T) * (D_i @ D_j.T)).sum()``, and
+combined they are one product, ``(c_1 D_1 + c_2 D_2).T @ X``. Where there are few rows that costs
+less than a gradient for each loss, none of which is made. A convolution is a linear layer on
+patches. The inner products are those of Goodfellow's per-example gradient norms (arXiv
+1510.01799), of losses in place of examples.
+"""
+
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn.functional import unfold
+from torch.nn.grad import conv2d_weight
+
+from mmpareto_optim.flat import FlatBlock, combine_rows
+from mmpareto_optim.gradients import Gradient
+from mmpareto_optim.graph import kind_of, uses_behind
+
+SMALLEST = 2**18
+"""Elements of a weight below which a second gradient costs less than to look for its factors."""
+
+CANCELLATION = 100
+"""How much longer than their sum the parts of a gradient may be, which its rows in a batch add.
+
+A combination is multiplied out with a rounding error that is relative to the parts. That it keeps a
+positive product with each gradient is known for errors relative to the gradients themselves, so
+where the parts cancel, these are made one by one after all.
+"""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """What a 2-D convolution does with its input, each for height and width."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def places(self, size: torch.Size) -> int:
+        """How many patches it takes from an input of a size ``(batch, in, height, width)``."""
+        batch, _, *sides = size
+        steps = zip(sides, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return batch * math.prod((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in steps)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The only use of a weight.
+
+    Attributes:
+        node: of autograd's graph; its output is the layer's.
+        weight: ``(out, in)``, or ``(out, in, height, width)`` of a convolution.
+        inputs: ``(n, in)``, or a batch of images, as autograd saved them.
+        convolution: None of a linear layer.
+    """
+
+    node: Any
+    weight: Tensor
+    inputs: Tensor
+    convolution: Convolution | None
+
+    def pays(self) -> bool:
+        """Whether two gradients cost less as factors.
+
+        Counted are the multiplications of the Gram matrix, in float64, of twice the cost, and
+        those of one weight gradient.
+        """
+        convolution, size = self.convolution, self.inputs.shape
+        rows = size[0] if convolution is None else convolution.places(size)
+        width_out, width_in = self.weight.flatten(1).shape
+        return 2 * rows * (width_in + 4 * width_out) < width_in * width_out
+
+    def gram(self, outers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What is to be known of the weight's gradients, in float64.
+
+        Args:
+            outers: m gradients at the layer's output.
+
+        Returns:
+            Their inner products, shape ``(m, m)``; and the squares of their lengths if no row
+            took anything away from another, shape ``(m,)``.
+        """
+        inputs = self._inputs_as_rows().double()
+        outputs = torch.cat([self._as_rows(outer) for outer in outers]).double()
+        m, n = len(outers), len(inputs)
+        products = (outputs @ outputs.T).view(m, n, m, n) * (inputs @ inputs.T).view(n, 1, n)
+        lengths = outputs.norm(dim=1).view(m, n) @ inputs.norm(dim=1)
+        return products.sum((1, 3)), lengths.square()
+
+    def gradient(self, outer: Tensor) -> Tensor:
+        """The weight's gradient from that at the layer's output: a new tensor."""
+        used = self.convolution
+        if used is None:
+            return outer.T @ self.inputs
+        found: Tensor = conv2d_weight(
+            self.inputs, self.weight.shape, outer, used.stride, used.padding, used.dilation
+        )
+        return found.contiguous()  # as the weight is, whatever the input
+
+    def _inputs_as_rows(self) -> Tensor:
+        used = self.convolution
+        if used is None:
+            return self.inputs
+        patches = unfold(self.inputs, used.kernel, used.dilation, used.padding, used.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+
+    def _as_rows(self, outer: Tensor) -> Tensor:
+        if self.convolution is None:
+            return outer
+        return outer.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+Layers = Mapping[Tensor, Layer]
+"""By weight."""
+
+
+def layers_of(losses: Iterable[Tensor], params: Sequence[Tensor]) -> dict[Tensor, Layer]:
+    """The layers whose weight gradients cost less as factors.
+
+    Only where that changes nothing but time: weights used once, with no hook on them, inputs
+    that autograd saved as they are (not to compute them again, as a checkpoint does). Hooks on
+    the layer's own node of the graph cannot be seen, and what they do to the weight's gradient is
+    left out. Only on the CPU in float32: elsewhere it is not measured.
+    """
+    if torch.is_autocast_enabled("cpu") or any(param.device.type != "cpu" for param in params):
+        return {}
+    weights = {param for param in params if _may_have_factors(param)}
+    if not weights:
+        return {}
+    uses = uses_behind(losses)
+    nodes = [node for node in uses if kind_of(node) in _PLACES]
+    found = (_layer_of(node, weights, uses) for node in nodes)
+    return {layer.weight: layer for layer in found if layer is not None and layer.pays()}
+
+
+def gradients_by_factors(
+    layers: Layers, loss: Tensor, params: Sequence[Tensor], *, retain_graph: bool
+) -> Sequence[Tensor | None]:
+    """The gradient of a loss; for the weights of layers that at the layer's output."""
+    targets: list[Any] = [GradientEdge(layers[p].node, 0) if p in layers else p for p in params]
+    return torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+
+
+class FactoredBlock:
+    """A :class:`FlatBlock` and, beside it, the gradients that are factors.
+
+    Args:
+        layers: the layers of some of the parameters.
+        params: the parameters of the block.
+        rows: as found by :func:`gradients_by_factors`; emptied.
+    """
+
+    dtype = torch.float32
+    """The coarsest, as of :class:`FlatBlock`."""
+
+    def __init__(self, layers: Layers, params: Sequence[Tensor], rows: Sequence[Gradient]) -> None:
+        self._params = params
+        self._layers = {i: layers[param] for i, param in enumerate(params) if param in layers}
+        self._outers = {i: [row[i] for row in rows] for i in self._layers}
+        self._rest = [i for i in range(len(params)) if i not in self._layers]
+        self._rows = [[row[i] for i in self._rest] for row in rows]
+        for row in rows:
+            row[:] = [None] * len(row)
+        self._flat = FlatBlock([params[i] for i in self._rest], self._rows)
+
+    def gram(self, *, quick: bool = True) -> Tensor:
+        """As of :class:`FlatBlock`."""
+        found = [self._layers[i].gram(_with_zeros(outers)) for i, outers in self._outers.items()]
+        products, squares = (torch.stack(parts).sum(0) for parts in zip(*found, strict=True))
+        if bool((squares > CANCELLATION**2 * products.diagonal()).any()):
+            self._multiply_out_each()
+            return self._flat.gram(quick=quick)
+        return self._flat.gram(quick=quick, beside=products)
+
+    def sum(self) -> list[Tensor]:
+        """As of :class:`FlatBlock`."""
+        totals = {i: torch.stack(_with_zeros(outers)).sum(0) for i, outers in self._outers.items()}
+        return self._multiplied_out(self._flat.sum(), totals)
+
+    def combine(self, coefficients: Tensor) -> list[Tensor]:
+        """As of :class:`FlatBlock`."""
+        totals = {
+            i: combine_rows(_with_zeros(outers), coefficients) for i, outers in self._outers.items()
+        }
+        return self._multiplied_out(self._flat.combine(coefficients), totals)
+
+    def combine_and_stretch(
+        self, coefficients: Tensor, gamma: float
+    ) -> tuple[list[Tensor], Tensor]:
+        """Not for factors: it would need the norms of what they make."""
+        raise NotImplementedError
+
+    def _multiplied_out(self, flat: Sequence[Tensor], totals: Mapping[int, Tensor]) -> list[Tensor]:
+        found = dict(zip(self._rest, flat, strict=True))
+        found.update({i: layer.gradient(totals[i]) for i, layer in self._layers.items()})
+        return [found[i] for i in range(len(found))]
+
+    def _multiply_out_each(self) -> None:
+        """Make the gradients that autograd would have made."""
+        for i, layer in self._layers.items():
+            for row, outer in zip(self._rows, self._outers[i], strict=True):
+                row.append(None if outer is None else layer.gradient(outer))
+        self._rest += self._layers
+        self._layers, self._outers = {}, {}
+        self._flat = FlatBlock([self._params[i] for i in self._rest], self._rows)
+
+
+def block_with_factors(
+    layers: Layers, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
+) -> FlatBlock | FactoredBlock:
+    """The rows of a block, found by :func:`gradients_by_factors`; they cannot be kept."""
+    if not any(param in layers for param in params):
+        return FlatBlock(params, rows, keep=keep)
+    return FactoredBlock(layers, params, rows)
+
+
+def _with_zeros(outers: Sequence[Tensor | None]) -> list[Tensor]:
+    like = next(outer for outer in outers if outer is not None)
+    return [torch.zeros_like(like) if outer is None else outer for outer in outers]
+
+
+def _may_have_factors(param: Tensor) -> bool:
+    return (
+        param.numel() >= SMALLEST
+        and param.ndim in (2, 4)
+        and type(param) in (Tensor, torch.nn.Parameter)
+        and param.dtype == torch.float32
+        and param.layout == torch.strided
+        and param.is_contiguous()
+        and not param._backward_hooks
+    )
+
+
+_PLACES = {
+    "AddmmBackward0": (2, "mat1"),
+    "MmBackward0": (1, "self"),
+    "ConvolutionBackward0": (1, "input"),
+}
+"""Nodes of layers: where in ``next_functions`` the weight is, and what they call their input."""
+
+
+def _layer_of(node: Any, weights: Container[Tensor], uses: Mapping[Any, int]) -> Layer | None:
+    kind = kind_of(node)
+    place, name = _PLACES[kind]
+    leaf = node.next_functions[place][0]
+    if kind != "ConvolutionBackward0":
+        if kind_of(leaf) != "TBackward0" or uses[leaf] > 1:
+            return None
+        leaf = leaf.next_functions[0][0]
+    if kind_of(leaf) != "AccumulateGrad" or uses[leaf] > 1 or leaf.variable not in weights:
+        return None
+    inputs = _as_saved(node, name)
+    if inputs is None:
+        return None
+    convolution = None
+    if kind == "ConvolutionBackward0":
+        if node._saved_transposed or node._saved_groups != 1 or inputs.ndim != 4:
+            return None
+        convolution = Convolution(
+            tuple(leaf.variable.shape[2:]),
+            tuple(node._saved_stride),
+            tuple(node._saved_padding),
+            tuple(node._saved_dilation),
+        )
+    elif kind == "AddmmBackward0" and node._saved_alpha != 1:
+        return None
+    return Layer(node, leaf.variable, inputs, convolution)
+
+
+def _as_saved(node: Any, name: str) -> Tensor | None:
+    """What a node saved; None where that is gone, or is to be asked of a hook."""
+    try:
+        if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+            return None
+        saved: Tensor = getattr(node, f"_saved_{name}")
+    # Freed or changed in place, of which autograd itself tells better; or PyTorch without the hook.
+    except (RuntimeError, AttributeError):
+        return None
+    usual = type(saved) in (Tensor, torch.nn.Parameter) and saved.layout == torch.strided
+    return saved.detach() if usual and saved.dtype == torch.float32 else None
