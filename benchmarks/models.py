@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,6 +53,12 @@ def transformer(width: int, layers: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, layers)
 
 
+def mlp(given: int, width: int, depth: int) -> nn.Sequential:
+    widths = [given] + [width] * depth
+    layers = (nn.Linear(*pair) for pair in pairwise(widths))
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
+
+
 class Mean(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.mean(1)
@@ -73,9 +80,7 @@ def build(name: str, batch: int, width: int | None = None) -> tuple[LateFusion, 
         model = LateFusion(encoders[0], encoders[1], width, fusion)
         return model, (torch.randn(batch, 64, 64), torch.randn(batch, 49, 64), label)
     width = width or 64
-    encoders = [
-        nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU())
-        for _ in range(2)
-    ]
+    given, depth = (width, 4) if name == "wide mlp" else (32, 2)
+    encoders = [mlp(given, width, depth) for _ in range(2)]
     model = LateFusion(encoders[0], encoders[1], width)
-    return model, (torch.randn(batch, 32), torch.randn(batch, 32), label)
+    return model, (torch.randn(batch, given), torch.randn(batch, given), label)

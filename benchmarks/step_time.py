@@ -44,6 +44,8 @@ CPU_CASES: dict[str, Case] = {
     "mlp, batch 16": ("mlp", 16, 64, 300),
     "mlp, batch 256": ("mlp", 256, 64, 300),
     "mlp, width 512, batch 16": ("mlp", 16, 512, 200),
+    "wide mlp, batch 32": ("wide mlp", 32, 1024, 100),
+    "wide mlp, batch 256": ("wide mlp", 256, 1024, 40),
     "transformer, batch 4": ("transformer", 4, 256, 45),
     "transformer, batch 16": ("transformer", 16, 256, 30),
     "transformer, width 512, batch 4": ("transformer", 4, 512, 20),

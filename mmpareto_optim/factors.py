@@ -2,7 +2,7 @@
 
 The gradient of loss i for the weight of a linear layer is ``D_i.T @ X``: the layer's inputs
 ``X`` ``(n, in)``, one row for each use of the weight in the batch, and the gradient at its outputs
-``D_i`` ``(n, out)``. Two of them have the inner product ``((X @ X.T) * (D_i @ D_j.T)).sum()``, and
+``D_i`` ``(n, out)``. Two of them have the inner product ``(D_i * (X @ X.T @ D_j)).sum()``, and
 combined they are one product, ``(c_1 D_1 + c_2 D_2).T @ X``. Where there are few rows that costs
 less than a gradient for each loss, none of which is made. A convolution is a linear layer on
 patches. The inner products are those of Goodfellow's per-example gradient norms (arXiv
@@ -71,13 +71,13 @@ class Layer:
     def pays(self) -> bool:
         """Whether two gradients cost less as factors.
 
-        Counted are the multiplications of the Gram matrix, in float64, of twice the cost, and
-        those of one weight gradient.
+        Counted are the multiplications of the Gram matrix of two, in float64, of twice the cost,
+        and those of one weight gradient.
         """
         convolution, size = self.convolution, self.inputs.shape
         rows = size[0] if convolution is None else convolution.places(size)
         width_out, width_in = self.weight.flatten(1).shape
-        return 2 * rows * (width_in + 4 * width_out) < width_in * width_out
+        return 2 * rows * (width_in + 2 * width_out) < width_in * width_out
 
     def gram(self, outers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What is to be known of the weight's gradients, in float64.
@@ -90,11 +90,10 @@ class Layer:
             took anything away from another, shape ``(m,)``.
         """
         inputs = self._inputs_as_rows().double()
-        outputs = torch.cat([self._as_rows(outer) for outer in outers]).double()
-        m, n = len(outers), len(inputs)
-        products = (outputs @ outputs.T).view(m, n, m, n) * (inputs @ inputs.T).view(n, 1, n)
-        lengths = outputs.norm(dim=1).view(m, n) @ inputs.norm(dim=1)
-        return products.sum((1, 3)), lengths.square()
+        outputs = torch.stack([self._as_rows(outer) for outer in outers]).double()
+        spread = (inputs @ inputs.T) @ outputs
+        lengths = outputs.norm(dim=2) @ inputs.norm(dim=1)
+        return outputs.flatten(1) @ spread.flatten(1).T, lengths.square()
 
     def gradient(self, outer: Tensor) -> Tensor:
         """The weight's gradient from that at the layer's output: a new tensor."""
