@@ -130,10 +130,10 @@ def layers_of(losses: Iterable[Tensor], params: Sequence[Tensor]) -> dict[Tensor
     the layer's own node of the graph cannot be seen, and what they do to the weight's gradient is
     left out. Only on the CPU in float32: elsewhere it is not measured.
     """
-    if torch.is_autocast_enabled("cpu") or any(param.device.type != "cpu" for param in params):
+    weights = {param for param in params if param.numel() >= SMALLEST and _may_have_factors(param)}
+    if not weights or torch.is_autocast_enabled("cpu"):
         return {}
-    weights = {param for param in params if _may_have_factors(param)}
-    if not weights:
+    if any(param.device.type != "cpu" for param in params):
         return {}
     uses = uses_behind(losses)
     nodes = [node for node in uses if kind_of(node) in _PLACES]
@@ -229,8 +229,7 @@ def _with_zeros(outers: Sequence[Tensor | None]) -> list[Tensor]:
 
 def _may_have_factors(param: Tensor) -> bool:
     return (
-        param.numel() >= SMALLEST
-        and param.ndim in (2, 4)
+        param.ndim in (2, 4)
         and type(param) in (Tensor, torch.nn.Parameter)
         and param.dtype == torch.float32
         and param.layout == torch.strided

@@ -169,9 +169,10 @@ class FlatBlock:
                 found[position] = alias
             else:
                 shared.append(position)
-        rest = [self._params[position] for position in shared]
-        copies = FlatBlock(rest, [[row[position] for position in shared]], keep=True).sum()
-        found.update(zip(shared, copies, strict=True))
+        if shared:
+            rest = [self._params[position] for position in shared]
+            copies = FlatBlock(rest, [[row[position] for position in shared]], keep=True).sum()
+            found.update(zip(shared, copies, strict=True))
         return [found[position] for position in range(len(found))]
 
     def _sum(self, bucket: "Bucket") -> Tensor:
