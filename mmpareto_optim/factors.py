@@ -27,6 +27,9 @@ from mmpareto_optim.graph import kind_of, uses_behind
 SMALLEST = 2**18
 """Elements of a weight below which a second gradient costs less than to look for its factors."""
 
+TOLD_OF_HOOKS = hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
+"""Whether this PyTorch tells where a saved tensor is to be asked of a hook: 2.8 does not."""
+
 CANCELLATION = 100
 """How much longer than their sum the parts of a gradient may be, which its rows in a batch add.
 
@@ -130,6 +133,8 @@ def layers_of(losses: Iterable[Tensor], params: Sequence[Tensor]) -> dict[Tensor
     the layer's own node of the graph cannot be seen, and what they do to the weight's gradient is
     left out. Only on the CPU in float32: elsewhere it is not measured.
     """
+    if not TOLD_OF_HOOKS:
+        return {}
     weights = {param for param in params if param.numel() >= SMALLEST and _may_have_factors(param)}
     if not weights or torch.is_autocast_enabled("cpu"):
         return {}
@@ -280,8 +285,7 @@ def _as_saved(node: Any, name: str) -> Tensor | None:
         if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
             return None
         saved: Tensor = getattr(node, f"_saved_{name}")
-    # Freed or changed in place, of which autograd itself tells better; or PyTorch without the hook.
-    except (RuntimeError, AttributeError):
+    except RuntimeError:  # freed or changed in place, of which autograd itself tells better
         return None
     usual = type(saved) in (Tensor, torch.nn.Parameter) and saved.layout == torch.strided
     return saved.detach() if usual and saved.dtype == torch.float32 else None
