@@ -22,7 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 from mmpareto_optim.flat import FlatBlock, combine_rows
 from mmpareto_optim.gradients import Gradient
-from mmpareto_optim.graph import kind_of, uses_behind
+from mmpareto_optim.graph import edges_behind, kind_of, uses_behind
 
 SMALLEST = 2**18
 """Elements of a weight below which a second gradient costs less than to look for its factors."""
@@ -40,36 +40,22 @@ where the parts cancel, these are made one by one after all.
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """What a 2-D convolution does with its input, each for height and width."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-
-    def places(self, size: torch.Size) -> int:
-        """How many patches it takes from an input of a size ``(batch, in, height, width)``."""
-        batch, _, *sides = size
-        steps = zip(sides, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return batch * math.prod((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in steps)
-
-
-@dataclass(frozen=True)
 class Layer:
     """The only use of a weight.
 
     Attributes:
         node: of autograd's graph; its output is the layer's.
-        weight: ``(out, in)``, or ``(out, in, height, width)`` of a convolution.
+        shape: the weight's, ``(out, in)``, or ``(out, in, height, width)`` of a convolution.
         inputs: ``(n, in)``, or a batch of images, as autograd saved them.
-        convolution: None of a linear layer.
+        rows: n, how often a batch uses the weight.
+        convolution: stride, padding and dilation; None of a linear layer.
     """
 
     node: Any
-    weight: Tensor
+    shape: torch.Size
     inputs: Tensor
-    convolution: Convolution | None
+    rows: int
+    convolution: Mapping[str, tuple[int, ...]] | None = None
 
     def pays(self) -> bool:
         """Whether two gradients cost less as factors.
@@ -77,10 +63,8 @@ class Layer:
         Counted are the multiplications of the Gram matrix of two, in float64, of twice the cost,
         and those of one weight gradient.
         """
-        convolution, size = self.convolution, self.inputs.shape
-        rows = size[0] if convolution is None else convolution.places(size)
-        width_out, width_in = self.weight.flatten(1).shape
-        return 2 * rows * (width_in + 2 * width_out) < width_in * width_out
+        width_out, width_in = self.shape[0], self.shape[1:].numel()
+        return 2 * self.rows * (width_in + 2 * width_out) < width_in * width_out
 
     def gram(self, outers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What is to be known of the weight's gradients, in float64.
@@ -99,20 +83,16 @@ class Layer:
         return outputs.flatten(1) @ spread.flatten(1).T, lengths.square()
 
     def gradient(self, outer: Tensor) -> Tensor:
-        """The weight's gradient from that at the layer's output: a new tensor."""
-        used = self.convolution
-        if used is None:
+        """The weight's gradient from that at the layer's output: a new tensor, contiguous."""
+        if self.convolution is None:
             return outer.T @ self.inputs
-        found: Tensor = conv2d_weight(
-            self.inputs, self.weight.shape, outer, used.stride, used.padding, used.dilation
-        )
-        return found.contiguous()  # as the weight is, whatever the input
+        found: Tensor = conv2d_weight(self.inputs, self.shape, outer, **self.convolution)
+        return found.flatten().view(self.shape)
 
     def _inputs_as_rows(self) -> Tensor:
-        used = self.convolution
-        if used is None:
+        if self.convolution is None:
             return self.inputs
-        patches = unfold(self.inputs, used.kernel, used.dilation, used.padding, used.stride)
+        patches = unfold(self.inputs, self.shape[2:], **self.convolution)
         return patches.transpose(1, 2).flatten(0, 1)
 
     def _as_rows(self, outer: Tensor) -> Tensor:
@@ -129,8 +109,9 @@ def layers_of(losses: Iterable[Tensor], params: Sequence[Tensor]) -> dict[Tensor
     """The layers whose weight gradients cost less as factors.
 
     Only where that changes nothing but time: weights used once, with no hook on them, inputs
-    that autograd saved as they are (not to compute them again, as a checkpoint does). Hooks on
-    the layer's own node of the graph cannot be seen, and what they do to the weight's gradient is
+    that autograd saved as they are (not to compute them again, as a checkpoint does), and a node
+    that autograd runs all the same, which frees and checks what it saved. Hooks on the node or
+    on a linear weight's transpose cannot be seen, and what they do to the weight's gradient is
     left out. Only on the CPU in float32: elsewhere it is not measured.
     """
     if not TOLD_OF_HOOKS:
@@ -141,9 +122,15 @@ def layers_of(losses: Iterable[Tensor], params: Sequence[Tensor]) -> dict[Tensor
     if any(param.device.type != "cpu" for param in params):
         return {}
     uses = uses_behind(losses)
-    nodes = [node for node in uses if kind_of(node) in _PLACES]
-    found = (_layer_of(node, weights, uses) for node in nodes)
-    return {layer.weight: layer for layer in found if layer is not None and layer.pays()}
+    held = set(params)
+    found = {}
+    for node in uses:
+        weight = _weight_used_once(node, uses) if kind_of(node) in _PLACES else None
+        if weight is not None and weight in weights:
+            layer = _layer_of(node, weight)
+            if layer is not None and layer.pays() and _runs_without_weight(node, held):
+                found[weight] = layer
+    return found
 
 
 def gradients_by_factors(
@@ -151,7 +138,11 @@ def gradients_by_factors(
 ) -> Sequence[Tensor | None]:
     """The gradient of a loss; for the weights of layers that at the layer's output."""
     targets: list[Any] = [GradientEdge(layers[p].node, 0) if p in layers else p for p in params]
-    return torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+    found = torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+    return [
+        gradient.to_dense() if param in layers and gradient is not None else gradient
+        for param, gradient in zip(params, found, strict=True)
+    ]
 
 
 class FactoredBlock:
@@ -183,19 +174,15 @@ class FactoredBlock:
         if bool((squares > CANCELLATION**2 * products.diagonal()).any()):
             self._multiply_out_each()
             return self._flat.gram(quick=quick)
-        return self._flat.gram(quick=quick, beside=products)
+        return self._flat.gram(quick=quick, beside=(products + products.T) / 2)
 
     def sum(self) -> list[Tensor]:
         """As of :class:`FlatBlock`."""
-        totals = {i: torch.stack(_with_zeros(outers)).sum(0) for i, outers in self._outers.items()}
-        return self._multiplied_out(self._flat.sum(), totals)
+        return self._multiplied_out(self._flat.sum(), torch.ones(len(self._rows)))
 
     def combine(self, coefficients: Tensor) -> list[Tensor]:
         """As of :class:`FlatBlock`."""
-        totals = {
-            i: combine_rows(_with_zeros(outers), coefficients) for i, outers in self._outers.items()
-        }
-        return self._multiplied_out(self._flat.combine(coefficients), totals)
+        return self._multiplied_out(self._flat.combine(coefficients), coefficients)
 
     def combine_and_stretch(
         self, coefficients: Tensor, gamma: float
@@ -203,9 +190,11 @@ class FactoredBlock:
         """Not for factors: it would need the norms of what they make."""
         raise NotImplementedError
 
-    def _multiplied_out(self, flat: Sequence[Tensor], totals: Mapping[int, Tensor]) -> list[Tensor]:
+    def _multiplied_out(self, flat: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
         found = dict(zip(self._rest, flat, strict=True))
-        found.update({i: layer.gradient(totals[i]) for i, layer in self._layers.items()})
+        for i, layer in self._layers.items():
+            outer = combine_rows(_with_zeros(self._outers[i]), coefficients)
+            found[i] = layer.gradient(outer)
         return [found[i] for i in range(len(found))]
 
     def _multiply_out_each(self) -> None:
@@ -243,40 +232,58 @@ def _may_have_factors(param: Tensor) -> bool:
     )
 
 
-_PLACES = {
-    "AddmmBackward0": (2, "mat1"),
-    "MmBackward0": (1, "self"),
-    "ConvolutionBackward0": (1, "input"),
-}
-"""Nodes of layers: where in ``next_functions`` the weight is, and what they call their input."""
+_PLACES = {"AddmmBackward0": 2, "MmBackward0": 1, "ConvolutionBackward0": 1}
+"""Nodes of layers, and where in their ``next_functions`` the weight is."""
+
+_INPUTS = {"AddmmBackward0": "mat1", "MmBackward0": "self", "ConvolutionBackward0": "input"}
+"""Under what name they save their inputs."""
 
 
-def _layer_of(node: Any, weights: Container[Tensor], uses: Mapping[Any, int]) -> Layer | None:
+def _weight_used_once(node: Any, uses: Mapping[Any, int]) -> Tensor | None:
+    """The leaf that is the weight of a layer's node, if that is its only use."""
     kind = kind_of(node)
-    place, name = _PLACES[kind]
-    leaf = node.next_functions[place][0]
+    leaf = node.next_functions[_PLACES[kind]][0]
     if kind != "ConvolutionBackward0":
         if kind_of(leaf) != "TBackward0" or uses[leaf] > 1:
             return None
         leaf = leaf.next_functions[0][0]
-    if kind_of(leaf) != "AccumulateGrad" or uses[leaf] > 1 or leaf.variable not in weights:
+    if kind_of(leaf) != "AccumulateGrad" or uses[leaf] > 1:
         return None
-    inputs = _as_saved(node, name)
-    if inputs is None:
+    weight: Tensor = leaf.variable
+    return weight
+
+
+def _layer_of(node: Any, weight: Tensor) -> Layer | None:
+    inputs = _as_saved(node, _INPUTS[kind_of(node)])
+    output = node._input_metadata[0].shape
+    if inputs is None or len(output) != weight.ndim:
         return None
-    convolution = None
-    if kind == "ConvolutionBackward0":
-        if node._saved_transposed or node._saved_groups != 1 or inputs.ndim != 4:
-            return None
-        convolution = Convolution(
-            tuple(leaf.variable.shape[2:]),
-            tuple(node._saved_stride),
-            tuple(node._saved_padding),
-            tuple(node._saved_dilation),
-        )
-    elif kind == "AddmmBackward0" and node._saved_alpha != 1:
+    if (output[1], inputs.shape[1]) != weight.shape[:2]:  # its .data is another since the forward
         return None
-    return Layer(node, leaf.variable, inputs, convolution)
+    if kind_of(node) != "ConvolutionBackward0":
+        plain = kind_of(node) == "MmBackward0" or node._saved_alpha == 1
+        return Layer(node, weight.shape, inputs, len(inputs)) if plain else None
+    if inputs.ndim != 4 or node._saved_transposed or node._saved_groups != 1:
+        return None
+    settings = {
+        name: _pair(getattr(node, f"_saved_{name}")) for name in ("stride", "padding", "dilation")
+    }
+    return Layer(node, weight.shape, inputs, len(inputs) * math.prod(output[2:]), settings)
+
+
+def _pair(setting: Sequence[int]) -> tuple[int, ...]:
+    """For height and width, where one number was given for both."""
+    return tuple(setting) * (2 // len(setting))
+
+
+def _runs_without_weight(node: Any, held: Container[Tensor]) -> bool:
+    """Whether gradients of other parameters than the weight go through a layer's node."""
+    others = list(node.next_functions)
+    del others[_PLACES[kind_of(node)]]
+    return any(
+        kind_of(behind) == "AccumulateGrad" and behind.variable in held
+        for behind, _ in edges_behind(others)
+    )
 
 
 def _as_saved(node: Any, name: str) -> Tensor | None:

@@ -190,9 +190,10 @@ class MMParetoOptimizer(Optimizer):
 
         With ``losses`` it is :meth:`backward` and the base's step, and saves what only a later
         ``backward`` would need. On the CPU in float32 the gradients of wide weights on which a
-        batch puts few rows are never made one by one, but multiplied out once they are combined;
-        a hook on a *node* of the graph (``grad_fn.register_hook``, the deprecated
-        ``Module.register_backward_hook``) does not change these. Other hooks do.
+        batch puts few rows are never made one by one, but multiplied out once they are combined.
+        Hooks on the weight itself, on activations and on modules do what they always do; one on a
+        *node* of the graph (``grad_fn.register_hook``, the deprecated
+        ``Module.register_backward_hook``) or on the weight's transpose does not change these.
 
         Args:
             closure: re-evaluates the model: clears the gradients and returns the mapping
