@@ -129,10 +129,15 @@ def test_a_recipe(page: Path, steps: list[type]) -> None:
     assert len(page.read_text().splitlines()) <= SCREEN or page == START
 
 
+# An interpreter that has used gloo now and then aborts as it is taken down, after all is done and
+# without any code of ours (PyTorch 2.13: 3 of 40 runs of DDP alone).
+END = "import os, sys; sys.stdout.flush(); os._exit(0)"
+
+
 @pytest.mark.parametrize("page", OF_PROCESSES, ids=lambda page: page.stem)
 def test_a_recipe_of_several_processes(page: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text("\n".join([*code_of(START), *code_of(page)]))
+    script.write_text("\n".join([*code_of(START), *code_of(page), END]))
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-W", "error", str(script)]
     ranks = [
