@@ -68,7 +68,7 @@ def main() -> None:
                 np.median(np.divide(times[one], times[other]))
                 for one, other in (("without", "floor"), ("with", "floor"), ("with", "without"))
             ]
-            cost = 2 * batch * 3 / width
+            cost = 2.5 * batch * 3 / width
             print(f"{width:5} {batch:5} {cost:5.2f} |", " | ".join(f"{r:.3f}" for r in ratios))
 
 
