@@ -154,17 +154,32 @@ def _coefficients(
             block: same(_of_users_rule(method.integration, block, gram.to(flats[block].dtype)))
             for block, gram in grams.items()
         }
-    # Blocks of the same kind are solved together: a rule is many small operations.
+    coefficients: dict[Block, Tensor] = {}
+    # Other blocks of the same kind are solved together: a rule is many small operations.
     alike: dict[tuple[int, torch.device, torch.dtype], list[Block]] = {}
     for block, gram in grams.items():
-        kind = (len(block.objectives), gram.device, flats[block].dtype)
-        alike.setdefault(kind, []).append(block)
-    coefficients: dict[Block, Tensor] = {}
+        dtype = flats[block].dtype
+        if _is_for_the_host(method, gram):
+            eps = torch.finfo(dtype).eps
+            coefficients[block] = mmpareto_on_the_host(gram, method.gamma, eps)
+        else:
+            kind = (len(block.objectives), gram.device, dtype)
+            alike.setdefault(kind, []).append(block)
     for (_, _, dtype), members in alike.items():
         batch = torch.stack([grams[block] for block in members])
         solved = _of_method(method, batch, torch.finfo(dtype).eps).unbind()
         coefficients |= dict(zip(members, solved, strict=True))
     return coefficients
+
+
+def _is_for_the_host(method: Method, gram: Tensor) -> bool:
+    return (
+        method.integration == "mmpareto"
+        and method.rescale == "encoder"
+        and gram.shape[-1] == 2
+        and type(gram) is Tensor
+        and gram.device.type == "cpu"
+    )
 
 
 def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
@@ -174,8 +189,6 @@ def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
         return pareto_coefficients(grams)
     if method.rescale == "tensor":
         return unstretched_coefficients(grams, method.gamma)
-    if grams.shape[-1] == 2 and type(grams) is Tensor and grams.device.type == "cpu":
-        return mmpareto_on_the_host(grams, method.gamma, eps)
     return mmpareto_coefficients(grams, method.gamma, eps=eps)
 
 

@@ -101,17 +101,17 @@ def mmpareto_coefficients(gram: Tensor, gamma: float = 1.5, *, eps: float | None
     return (gamma * torch.where(conflict, common, 1.0)).to(gram.dtype)
 
 
-def mmpareto_on_the_host(grams: Tensor, gamma: float, eps: float) -> Tensor:
-    """:func:`mmpareto_coefficients` of float64 pairs ``(n, 2, 2)``, in Python's own numbers.
+def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float) -> Tensor:
+    """:func:`mmpareto_coefficients` of a float64 pair ``(2, 2)``, in Python's own numbers.
 
     A rule is a score of operations on a few numbers, of which a small model's step would be a
     good part: one of PyTorch's takes a microsecond or more to begin.
     """
-    pairs = [
-        _of_two(first, cross, second, eps, sys.float_info.min, _Floats) if cross < 0 else (1.0, 1.0)
-        for (first, cross), (_, second) in grams.tolist()
-    ]
-    return gamma * torch.tensor(pairs, dtype=grams.dtype)
+    (first, cross), (_, second) = gram.tolist()
+    one, other = 1.0, 1.0
+    if cross < 0:
+        one, other = _of_two(first, cross, second, eps, sys.float_info.min, _Floats)
+    return torch.tensor([gamma * one, gamma * other], dtype=gram.dtype)
 
 
 class _Floats:

@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
 from mmpareto_optim.blocks import Block
-from mmpareto_optim.flat import QUICK_CHUNK, _is_beyond_doubt
+from mmpareto_optim.flat import (
+    QUICK_CHUNK,
+    _combine_by_numbers,
+    _combine_by_tensors,
+    _is_beyond_doubt,
+)
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.integration import Method, Ranks, integrate
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
@@ -288,3 +293,25 @@ def test_float32_products_are_trusted_only_where_their_largest_error_misleads_no
     # The lengths of h and of the sum are each off by at most error / (1 - |cos|).
     length, plain = (c @ true @ c for c in (coefficients, torch.ones_like(coefficients)))
     assert length.sqrt() >= 1.5 * plain.sqrt() * (1 - 0.0105)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_rows_are_combined_by_numbers_as_by_tensors(
+    number: int, seed: int, in_place: bool, dtype: torch.dtype
+) -> None:
+    """By tensors elsewhere than on the CPU: where no test here looks at the values."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = list(torch.randn(number, 37, generator=generator, dtype=dtype))
+    coefficients = torch.randn(number, generator=generator, dtype=torch.float64)
+    expected = sum(c * row.double() for c, row in zip(coefficients, rows, strict=True))
+    copies = [row.clone() for row in rows]
+    by_tensors = _combine_by_tensors(rows, coefficients, rows[0] if in_place else None)
+    by_numbers = _combine_by_numbers(copies, coefficients.tolist(), copies[0] if in_place else None)
+    torch.testing.assert_close(by_tensors, by_numbers)
+    torch.testing.assert_close(by_numbers.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (by_tensors is rows[0], by_numbers is copies[0]) == (in_place, in_place)
