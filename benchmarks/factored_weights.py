@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from methods import Step, exact, two_backward_floor
+from methods import Step, exact, losses_of, two_backward_floor
 from models import build
 from torch import Tensor
 
@@ -68,7 +68,8 @@ def main() -> None:
                 np.median(np.divide(times[one], times[other]))
                 for one, other in (("without", "floor"), ("with", "floor"), ("with", "without"))
             ]
-            cost = 2.5 * batch * 3 / width
+            layers = all_of(losses_of(model, inputs).values(), list(model.parameters()))
+            cost = max(layer.cost() for layer in layers.values())
             print(f"{width:5} {batch:5} {cost:5.2f} |", " | ".join(f"{r:.3f}" for r in ratios))
 
 

@@ -33,13 +33,14 @@ def losses_of(outputs: Iterable[Tensor]) -> dict[str, Tensor]:
 
 def both_ways(
     model: nn.Module,
-    run: Callable[[nn.Module], dict[str, Tensor]],
+    run: Callable[[Any], dict[str, Tensor]],
+    modalities: Callable[[Any], Any] = lambda model: None,
     **arguments: Any,
 ) -> tuple[list[Tensor], list[Tensor], Any, Any]:
     """Gradients and statistics of ``step(losses=...)``, and of ``backward``, without factors."""
     other = deepcopy(model)
     optimizers = [
-        MMParetoOptimizer(torch.optim.SGD(m.parameters(), lr=0.0), **arguments)
+        MMParetoOptimizer(torch.optim.SGD(m.parameters(), lr=0.0), modalities(m), **arguments)
         for m in (model, other)
     ]
     optimizers[0].step(losses=run(model))
@@ -166,21 +167,11 @@ def test_weights_that_one_loss_or_several_reach() -> None:
 def test_modalities_some_losses_of_which_do_not_reach_all_weights() -> None:
     torch.manual_seed(0)
     model = TwoEncoders()
-    found, expected, *_ = _by_modality(model)
+    found, expected, *_ = both_ways(
+        model, run_two, lambda m: {"both": [*m.audio.parameters(), *m.visual.parameters()]}
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
-
-
-def _by_modality(model: TwoEncoders) -> tuple[list[Tensor], list[Tensor]]:
-    other = deepcopy(model)
-    optimizers = []
-    for each in (model, other):
-        modalities = {"both": [*each.audio.parameters(), *each.visual.parameters()]}
-        base = torch.optim.SGD(each.parameters(), lr=0.0)
-        optimizers.append(MMParetoOptimizer(base, modalities))
-    optimizers[0].step(losses=run_two(model))
-    optimizers[1].backward(run_two(other))
-    return [p.grad for p in model.parameters()], [p.grad for p in other.parameters()]  # type: ignore[misc]
 
 
 def test_a_gradient_that_is_there_is_added_to() -> None:
