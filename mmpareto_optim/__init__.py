@@ -5,8 +5,12 @@ from mmpareto_optim.noise import GradientNoise, gradient_noise
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.plot import plot_conflict, plot_slices
 from mmpareto_optim.recorder import ConflictRecorder
-from mmpareto_optim.rules import mmpareto_coefficients, pareto_coefficients, uniform_coefficients
-from mmpareto_optim.solver import min_norm_weights
+from mmpareto_optim.rules import (
+    min_norm_weights,
+    mmpareto_coefficients,
+    pareto_coefficients,
+    uniform_coefficients,
+)
 from mmpareto_optim.stats import BlockStats
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.ownership import alias_of, is_owned
-from mmpareto_optim.solver import solver_dtype
+from mmpareto_optim.rules import solver_dtype
 
 
 def bucket_size(device: torch.device) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmpareto_optim.solver import min_norm_weights
+from mmpareto_optim.rules import applied_gamma, min_norm_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +42,8 @@ class BlockStats:
         """
         if self.stretch is not None:
             return self.stretch
-        nonzero = self.gram.diagonal(dim1=-2, dim2=-1) > 0
-        return (self.coefficients * nonzero).sum(-1) / nonzero.sum(-1) / self.gamma
+        # A zero gradient has the mean of the others' coefficients.
+        return self.coefficients.mean(-1) / applied_gamma(self.gram, self.gamma)
 
     @property
     def norms(self) -> Tensor:

@@ -1,0 +1,36 @@
+"""From a Gram matrix of gradients to the coefficients of their sum: a family of rules a file."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mmpareto_optim.rules.gram import applied_gamma, check_gamma, check_gram, solver_dtype
+from mmpareto_optim.rules.mmpareto import (
+    mmpareto_coefficients,
+    mmpareto_on_the_host,
+    unstretched_coefficients,
+)
+from mmpareto_optim.rules.named import NAMES, default_gamma, named_coefficients
+from mmpareto_optim.rules.pareto import pareto_coefficients
+from mmpareto_optim.rules.solver import min_norm_weights
+from mmpareto_optim.rules.uniform import uniform_coefficients
+
+Rule = Callable[[Tensor], Tensor]
+"""A Gram matrix ``(m, m)`` in, coefficients ``(m,)`` out."""
+
+__all__ = [
+    "NAMES",
+    "Rule",
+    "applied_gamma",
+    "check_gamma",
+    "check_gram",
+    "default_gamma",
+    "min_norm_weights",
+    "mmpareto_coefficients",
+    "mmpareto_on_the_host",
+    "named_coefficients",
+    "pareto_coefficients",
+    "solver_dtype",
+    "uniform_coefficients",
+    "unstretched_coefficients",
+]
