@@ -1,10 +1,10 @@
 """MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
 
-from mmpareto_optim.flatness import LossSlices, loss_slices
-from mmpareto_optim.noise import GradientNoise, gradient_noise
+from mmpareto_optim.insight.flatness import LossSlices, loss_slices
+from mmpareto_optim.insight.noise import GradientNoise, gradient_noise
+from mmpareto_optim.insight.plot import plot_conflict, plot_slices
+from mmpareto_optim.insight.recorder import ConflictRecorder
 from mmpareto_optim.optimizer import MMParetoOptimizer
-from mmpareto_optim.plot import plot_conflict, plot_slices
-from mmpareto_optim.recorder import ConflictRecorder
 from mmpareto_optim.rules import (
     min_norm_weights,
     mmpareto_coefficients,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmpareto_optim import ConflictRecorder, MMParetoOptimizer, plot_conflict
-from mmpareto_optim.recorder import PACK, Row
+from mmpareto_optim.insight.recorder import PACK, Row
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -54,7 +54,7 @@ def assert_same_rows(found: list[Row], expected: list[Row]) -> None:
 
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.recorder.PACK", 16)
+    monkeypatch.setattr("mmpareto_optim.insight.recorder.PACK", 16)
     model = LateFusion()
     opt = optimizer_of(model, rescale=rescale)
     recorder = ConflictRecorder()

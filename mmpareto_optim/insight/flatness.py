@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpareto_optim.undisturbed import chosen_parameters, undisturbed
+from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpareto_optim.flatness import LossSlices
-from mmpareto_optim.recorder import Row
+from mmpareto_optim.insight.flatness import LossSlices
+from mmpareto_optim.insight.recorder import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
+from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
 from mmpareto_optim.rules import solver_dtype
-from mmpareto_optim.undisturbed import chosen_parameters, undisturbed
 
 Batch = TypeVar("Batch")
 
