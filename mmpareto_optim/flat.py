@@ -60,7 +60,7 @@ class FlatBlock:
         """The coarsest dtype in which gradients are combined, at least float32."""
         return min((bucket.dtype for bucket in self._buckets), key=lambda d: d.itemsize)
 
-    def gram(self, *, quick: bool = True, beside: Tensor | None = None) -> Tensor:
+    def gram(self, *, quick: bool = True) -> Tensor:
         """Inner products of the rows, shape ``(rows, rows)``, on the first bucket's device.
 
         Their real parts where gradients are complex. Accumulated in float64, which holds
@@ -71,13 +71,12 @@ class FlatBlock:
 
         Args:
             quick: as said.
-            beside: the inner products of what else the rows consist of, to be added.
         """
         if quick and self._may_be_quick():
-            found = self._quick_gram(beside)
+            found = self._quick_gram()
             if found is not None:
                 return found
-        gram = beside
+        gram: Tensor | None = None
         for bucket in self._buckets:
             part = _gram(self._flatten(bucket))
             gram = part if gram is None else gram + part.to(gram.device, non_blocking=True)
@@ -92,11 +91,9 @@ class FlatBlock:
             and sum(bucket.size for bucket in self._buckets) > QUICK_CHUNK
         )
 
-    def _quick_gram(self, beside: Tensor | None) -> Tensor | None:
+    def _quick_gram(self) -> Tensor | None:
         """The Gram matrix of two rows by float32 products; None if that leaves a doubt."""
         first = cross = second = 0.0
-        if beside is not None:
-            (first, cross), (_, second) = beside.tolist()
         for bucket in self._buckets:
             pieces = (row.split(QUICK_CHUNK) for row in self._flatten(bucket))
             for one, other in zip(*pieces, strict=True):
@@ -121,7 +118,7 @@ class FlatBlock:
         )
 
     def combine_and_stretch(
-        self, coefficients: Tensor, gamma: float
+        self, coefficients: Tensor, gamma: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """:meth:`combine`, each tensor stretched to at least gamma times the norm of the sum.
 
@@ -135,7 +132,7 @@ class FlatBlock:
                 rows = self._flatten(bucket)
                 result = combine_rows(rows, coefficients)
                 plain_sum = combine_rows(rows, torch.ones_like(coefficients))
-                stretch = gamma * bucket.norms(plain_sum) / bucket.norms(result)
+                stretch = gamma.to(bucket.device) * bucket.norms(plain_sum) / bucket.norms(result)
                 stretch = stretch.to(result.dtype)
                 stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
                 factors.append(stretch.to(coefficients.device, non_blocking=True))

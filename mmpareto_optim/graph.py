@@ -37,20 +37,6 @@ def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
     return {node.variable for node, _ in edges if kind_of(node) == "AccumulateGrad"}
 
 
-def uses_behind(losses: Iterable[Tensor]) -> dict[Any, int]:
-    """How many edges lead to each node that is behind some losses."""
-    uses = dict.fromkeys((loss.grad_fn for loss in losses if loss.grad_fn is not None), 1)
-    waiting = list(uses)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None:
-                known = uses.get(node, 0)
-                uses[node] = known + 1
-                if not known:
-                    waiting.append(node)
-    return uses
-
-
 def kind_of(node: Any) -> str:
     """The name of a node's class; its ``name()`` older PyTorch refuses for functions in Python."""
     return type(node).__name__

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block
-from mmpareto_optim.factors import FactoredBlock
 from mmpareto_optim.flat import FlatBlock
 from mmpareto_optim.gradients import Gradient
 from mmpareto_optim.rules import (
     Rule,
+    applied_gamma,
     mmpareto_coefficients,
     mmpareto_on_the_host,
     pareto_coefficients,
@@ -34,7 +34,7 @@ class Method:
     rescale: Literal["encoder", "tensor"]
 
 
-Flat = FlatBlock | FactoredBlock | ShardedBlock
+Flat = FlatBlock | ShardedBlock
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -106,7 +106,8 @@ def integrate(
             continue
         factors, stretch = coefficients[block], None
         if method.integration == "mmpareto" and method.rescale == "tensor":
-            combined, stretch = flat.combine_and_stretch(factors, method.gamma)
+            gamma_here = applied_gamma(grams[block], method.gamma)
+            combined, stretch = flat.combine_and_stretch(factors, gamma_here)
         else:
             combined = flat.combine(factors)
         gradients.update(zip(block.positions, combined, strict=True))

@@ -3,7 +3,7 @@
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -28,17 +28,11 @@ from mmpareto_optim.distributed import (
     group_of,
     is_initialized,
 )
-from mmpareto_optim.factors import (
-    Layers,
-    block_with_factors,
-    gradients_by_factors,
-    layers_of,
-)
 from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
 from mmpareto_optim.flat import FlatBlock
-from mmpareto_optim.gradients import Gradient, by_autograd, check_losses, gradients_of
+from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
 from mmpareto_optim.graph import check_not_blurred
-from mmpareto_optim.integration import Flat, Integration, Method, Ranks, integrate
+from mmpareto_optim.integration import Integration, Method, Ranks, integrate
 from mmpareto_optim.rules import check_gamma
 from mmpareto_optim.sharded import Sharding, gradients_by_backward, is_dtensor, local_part, whole
 from mmpareto_optim.stats import BlockStats
@@ -188,12 +182,8 @@ class MMParetoOptimizer(Optimizer):
     ) -> Any:
         """Integrate the losses' gradients, if losses are given, and step the base.
 
-        With ``losses`` it is :meth:`backward` and the base's step, and saves what only a later
-        ``backward`` would need. On the CPU in float32 the gradients of wide weights on which a
-        batch puts few rows are never made one by one, but multiplied out once they are combined.
-        Hooks on the weight itself, on activations and on modules do what they always do; one on a
-        *node* of the graph (``grad_fn.register_hook``, the deprecated
-        ``Module.register_backward_hook``) or on the weight's transpose does not change these.
+        With ``losses`` it is :meth:`backward` and the base's step, with the same gradients bit
+        for bit, and saves what only a later ``backward`` would need.
 
         Args:
             closure: re-evaluates the model: clears the gradients and returns the mapping
@@ -443,10 +433,8 @@ class MMParetoOptimizer(Optimizer):
                 constants = _constants(params, method, modalities, features)
             # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
             foreign = [param.grad for param in params]
-            alone = features is None and processes is None and sharding is None
-            layers = self._layers(losses, params) if alone and not keep else {}
             rows, seen = self._gradients(
-                losses, features, params, method, processes, constants, sharding, layers
+                losses, features, params, method, processes, constants, sharding
             )
         with torch.no_grad():
             if processes is not None:
@@ -464,7 +452,7 @@ class MMParetoOptimizer(Optimizer):
                 window.rows,
                 method,
                 keep=keep,
-                flatten=_flatten(sharding, layers),
+                flatten=FlatBlock if sharding is None else sharding.flat,
                 ranks=_ranks(processes, sharding),
             )
             window.write(gradients)
@@ -480,7 +468,6 @@ class MMParetoOptimizer(Optimizer):
         processes: Processes | None,
         constants: Constants,
         sharding: Sharding | None,
-        layers: Layers,
     ) -> tuple[dict[str, Gradient], dict[str, BlockStats]]:
         """Each loss's gradient on this rank, and what was integrated at features, if any."""
         if features is not None:
@@ -488,19 +475,12 @@ class MMParetoOptimizer(Optimizer):
                 losses, features, params, method, self._describe, processes, constants
             )
         if sharding is None:
-            differentiate = partial(gradients_by_factors, layers) if layers else by_autograd
-            return gradients_of(losses, params, self._describe, differentiate), {}
+            return gradients_of(losses, params, self._describe), {}
         if processes is not None:
             processes.check_alike((*constants, ("losses", tuple(losses))))
         rows = gradients_of(losses, params, self._describe, gradients_by_backward)
         sharding.check_reached(rows)
         return rows, {}
-
-    def _layers(self, losses: Losses, params: Sequence[Tensor]) -> Layers:
-        """The weights whose gradients may stay factors: nobody asks for more than their sum."""
-        if self._window is not None or self.rescale == "tensor":
-            return {}
-        return layers_of(losses.values(), params)
 
     def _check_features(self, features: Mapping[str, Tensor] | None) -> None:
         if features is not None:
@@ -643,12 +623,6 @@ def _averaged(
     united = processes.unite(rows, likes, constants)
     processes.average(united, range(len(params)) if sharding is None else sharding.averaged)
     return united
-
-
-def _flatten(sharding: Sharding | None, layers: Layers) -> Callable[..., Flat]:
-    if sharding is not None:
-        return sharding.flat
-    return partial(block_with_factors, layers) if layers else FlatBlock
 
 
 def _ranks(processes: Processes | None, sharding: Sharding | None) -> Ranks:

@@ -118,7 +118,7 @@ class ShardedBlock:
         return self._whole([flat.combine(coefficients) for _, _, flat in self._parts])
 
     def combine_and_stretch(
-        self, coefficients: Tensor, gamma: float
+        self, coefficients: Tensor, gamma: Tensor
     ) -> tuple[list[Tensor], Tensor]:
         """Refused before it comes to this: it would need the norms of whole tensors."""
         raise NotImplementedError

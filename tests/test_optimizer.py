@@ -382,3 +382,13 @@ def test_the_encoders_graphs_are_freed() -> None:
     for loss in losses.values():
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def test_a_hook_on_a_wide_layers_output_is_heard() -> None:
+    layer = nn.Linear(700, 700)
+    out = layer(torch.randn(6, 700))
+    out.register_hook(torch.neg)
+    loss = out.square().mean()
+    expected = torch.autograd.grad(loss, [layer.weight, layer.bias], retain_graph=True)
+    MMParetoOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1)).step(losses={"a": loss})
+    torch.testing.assert_close((layer.weight.grad, layer.bias.grad), expected, rtol=0, atol=0)

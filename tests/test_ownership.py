@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer, ownership
@@ -157,3 +159,54 @@ def test_where_pytorch_does_not_tell_all_is_copied(
     MMParetoOptimizer(torch.optim.SGD(params, lr=0.1)).step(losses=losses)
     for param, gradient in zip(params, expected, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=0, atol=0)
+
+
+class Given(torch.autograd.Function):
+    """A sum whose gradient is whatever it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient = gradient
+        return param.sum()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.gradient, None
+
+
+FOREIGN: dict[str, Callable[[np.ndarray], Tensor]] = {
+    "NumPy": torch.from_numpy,
+    "DLPack": torch.utils.dlpack.from_dlpack,
+    "a buffer": lambda array: torch.frombuffer(array.data, dtype=torch.float32),
+    "shared": lambda array: torch.from_numpy(array).clone().share_memory_(),
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+@pytest.mark.parametrize("size", [3, 100_000])
+def test_memory_that_is_not_torchs_is_never_written(how: str, size: int) -> None:
+    gradient = FOREIGN[how](np.ones(size, np.float32))
+    shared, own = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+    given = [Given.apply(param, gradient) for param in (shared, own)]  # type: ignore[no-untyped-call]
+    del gradient
+    kept: list[Tensor] = []
+    own.register_hook(kept.append)
+    losses = {"a": given[0] + given[1], "b": (shared * 0.5).sum()}
+    MMParetoOptimizer(torch.optim.SGD([shared, own], lr=0.1)).step(losses=losses)
+    for param in (shared, own):
+        assert param.grad is not None
+        param.grad.zero_()
+    assert (kept[0] == 1).all()
+
+
+def test_a_storage_that_a_hook_keeps_stays_as_it_is() -> None:
+    params, losses = setting((100_000,))
+    kept: list[Any] = []
+    for param in params:
+        param.register_hook(lambda gradient: kept.append(gradient.untyped_storage()))
+    MMParetoOptimizer(torch.optim.SGD(params, lr=0.1)).step(losses=losses)
+    places = {storage.data_ptr() for storage in kept}
+    assert len(kept) == 3
+    for param in params:
+        assert param.grad is not None
+        assert param.grad.data_ptr() not in places

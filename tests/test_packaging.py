@@ -83,7 +83,7 @@ def test_the_sdist_builds_the_same_wheel(archives: tuple[Path, Path], tmp_path: 
 
 def test_the_wheel_holds_the_package_and_nothing_else(names: tuple[set[str], set[str]]) -> None:
     about = f"mmpareto_optim-{VERSION}.dist-info"
-    package = {f"mmpareto_optim/{path.name}" for path in PACKAGE.glob("*.py")}
+    package = {f"mmpareto_optim/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     assert names[1] == package | {"mmpareto_optim/py.typed"} | {
         f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")
     }
