@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmpareto_optim.flat import FlatBlock
+from mmpareto_optim.flat.block import FlatBlock
 from mmpareto_optim.rules import mmpareto_coefficients
 
 ENCODERS = {

@@ -1,16 +1,18 @@
-"""Blocks: groups of parameters, told apart by which losses reach them."""
+"""Which losses meet at which parameters, and what reach has been seen."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-Modalities = dict[str, dict[Tensor, str]]
-"""For each modality its parameters, each with a name for error messages."""
+from mmpareto_optim.ground import Gradient
+from mmpareto_optim.modalities import Modalities
+from mmpareto_optim.rules.gram import solver_dtype
 
-Reach = tuple[tuple[str, ...], ...]
+Reached = tuple[tuple[str, ...], ...]
 """For each parameter the names of the losses that reach it, in the order of the losses."""
 
 
@@ -22,36 +24,159 @@ class Block:
         name: the modality, or the objectives joined by ``+`` for a block found by reach.
         objectives: names of the losses that reach the block.
         positions: where its parameters stand in the list of all parameters.
-        integrated: whether a rule decides the coefficients; otherwise gradients are added.
+        by_hand: whether somebody chose it.
+        left_out: whether it is what a choice by hand left out, which is not integrated.
     """
 
     name: str
     objectives: tuple[str, ...]
     positions: tuple[int, ...]
-    integrated: bool
+    by_hand: bool = False
+    left_out: bool = False
+
+    @property
+    def integrated(self) -> bool:
+        """Whether a rule decides the coefficients; otherwise gradients are added."""
+        return len(self.objectives) > 1 and not self.left_out
+
+
+class Reach:
+    """What each loss has moved: a loss reaches what it has given a gradient other than zero.
+
+    That a gradient is not None says little: autograd gives zeros for all that goes through
+    one tensor (``torch.stack(losses)``, ``chunk``, a compiled region). A pair of a loss and
+    a parameter whose gradient has not yet been other than zero is looked at, on the CPU in each
+    step; elsewhere, where a look waits for the device, the 1st, 2nd, 4th, 8th ... time.
+    """
+
+    def __init__(self) -> None:
+        self._moved: dict[str, set[Hashable]] = {}
+        self._times: dict[tuple[str, Hashable], int] = {}
+
+    def of(
+        self,
+        rows: Mapping[str, Gradient],
+        keys: Sequence[Hashable],
+        largest: Callable[[Sequence[Tensor]], Sequence[float]],
+    ) -> Reached:
+        """For each parameter the losses that reach it.
+
+        Args:
+            rows: for each loss its gradient. What a look finds to be zero becomes None there, but
+                for a last one where all are.
+            keys: for each position what tells it from others: the parameter, say.
+            largest: the largest absolute value of each of some tensors.
+        """
+        for name in rows:
+            self._moved.setdefault(name, set())
+        waiting = [
+            (name, position)
+            for name, row in rows.items()
+            for position, gradient in enumerate(row)
+            if gradient is not None and keys[position] not in self._moved[name]
+        ]
+        now = self._looked_at(waiting, rows, keys, largest) if waiting else set()
+        reached: list[tuple[str, ...]] = []
+        moved = [(name, row, self._moved[name]) for name, row in rows.items()]
+        for position, key in enumerate(keys):
+            reached.append(
+                tuple(
+                    name
+                    for name, row, known in moved
+                    if row[position] is not None and (key in known or (name, position) in now)
+                )
+            )
+        return tuple(reached)
+
+    def _looked_at(
+        self,
+        waiting: Sequence[tuple[str, int]],
+        rows: Mapping[str, Gradient],
+        keys: Sequence[Hashable],
+        largest: Callable[[Sequence[Tensor]], Sequence[float]],
+    ) -> set[tuple[str, int]]:
+        """The pairs whose gradient is not finite: they count in this step alone."""
+        pairs = [(name, keys[position]) for name, position in waiting]
+        for pair in pairs:
+            self._times[pair] = self._times.get(pair, 0) + 1
+        gradients = [gradient for n, i in waiting if (gradient := rows[n][i]) is not None]
+        if not _is_time_to_look(gradients, [self._times[pair] for pair in pairs]):
+            return set()
+        now = set()
+        for (name, position), size in zip(waiting, largest(gradients), strict=True):
+            if 0 < size < math.inf:
+                self._moved[name].add(keys[position])
+                del self._times[name, keys[position]]
+            elif size == 0:
+                if any(row[position] is not None for n, row in rows.items() if n != name):
+                    rows[name][position] = None
+            else:
+                now.add((name, position))
+        return now
+
+
+def _is_time_to_look(gradients: Sequence[Tensor], times: Sequence[int]) -> bool:
+    if _costs_nothing_to_look(gradients[0]):
+        return True
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
+    return any(number & (number - 1) == 0 for number in times)
+
+
+def _costs_nothing_to_look(gradient: Tensor) -> bool:
+    """Whether nothing waits for a value: elsewhere than on the CPU that is the device."""
+    return gradient.device.type == "cpu"
+
+
+def largest_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of each of some tensors, shape ``(tensors,)``; NaN for NaN."""
+    device, exact = tensors[0].device, solver_dtype(tensors[0])
+    nothing = torch.zeros((), dtype=exact, device=device)
+    found = [
+        torch.linalg.vector_norm(tensor.detach(), math.inf) if tensor.numel() else nothing
+        for tensor in tensors
+    ]
+    return torch.stack([size.to(device, exact) for size in found])
+
+
+def numbers_of(sizes: Tensor) -> list[float]:
+    """Some sizes, on the host; 1 where there are no values to look at (the meta device)."""
+    return [1.0] * len(sizes) if sizes.device.type == "meta" else sizes.tolist()
+
+
+def blocks_of(
+    reached: Reached, params: Sequence[Tensor], modalities: Modalities | None, losses: Iterable[str]
+) -> tuple[Block, ...]:
+    """The blocks: by hand if there are modalities, and by reach."""
+    if modalities is None:
+        return _by_reach(reached)
+    return _by_modality(reached, params, modalities, losses)
 
 
 @lru_cache(maxsize=64)
-def blocks_by_reach(reach: Reach) -> tuple[Block, ...]:
+def _by_reach(reached: Reached) -> tuple[Block, ...]:
     """One block for each set of losses, of the parameters that just these losses reach.
 
     Raises:
         ValueError: ``+`` in the names of losses gives two of the blocks one name.
     """
-    blocks: list[Block] = []
+    blocks = [
+        Block("+".join(map(str, names)), names, positions)
+        for names, positions in _by_objectives(reached, range(len(reached)))
+    ]
     integrated: dict[str, tuple[str, ...]] = {}
-    for name, objectives, positions in _by_objectives(reach, range(len(reach))):
-        blocks.append(Block(name, objectives, positions, integrated=len(objectives) > 1))
-        if blocks[-1].integrated and integrated.setdefault(name, objectives) != objectives:
+    for block in blocks:
+        other = integrated.setdefault(block.name, block.objectives)
+        if block.integrated and other != block.objectives:
             raise ValueError(
-                f"losses {integrated[name]} reach one block of parameters and losses "
-                f"{objectives} another, and both blocks would be called {name!r}: rename a loss"
+                f"losses {other} reach one block of parameters and losses {block.objectives} "
+                f"another, and both blocks would be called {block.name!r}: rename a loss"
             )
     return tuple(blocks)
 
 
-def blocks_by_modality(
-    reach: Reach, params: Sequence[Tensor], modalities: Modalities, losses: Iterable[str]
+def _by_modality(
+    reached: Reached, params: Sequence[Tensor], modalities: Modalities, losses: Iterable[str]
 ) -> tuple[Block, ...]:
     """One block for each modality, over the losses that reach any part of it.
 
@@ -59,100 +184,26 @@ def blocks_by_modality(
     """
     blocks = []
     for modality, members in modalities.items():
-        positions = tuple(i for i, param in enumerate(params) if param in members and reach[i])
-        reaching = {name for position in positions for name in reach[position]}
+        positions = tuple(i for i, param in enumerate(params) if param in members)
+        reaching = {name for position in positions for name in reached[position]}
         objectives = tuple(name for name in losses if name in reaching)
-        if positions:
-            blocks.append(Block(modality, objectives, positions, integrated=len(objectives) > 1))
+        if objectives:
+            positions = tuple(i for i in positions if reached[i])
+            blocks.append(Block(modality, objectives, positions, by_hand=True))
     claimed = {position for block in blocks for position in block.positions}
     rest = [position for position in range(len(params)) if position not in claimed]
     blocks += [
-        Block(name, objectives, positions, integrated=False)
-        for name, objectives, positions in _by_objectives(reach, rest)
+        Block("+".join(map(str, names)), names, positions, left_out=True)
+        for names, positions in _by_objectives(reached, rest)
     ]
     return tuple(blocks)
 
 
 def _by_objectives(
-    reach: Reach, positions: Iterable[int]
-) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    reached: Reached, positions: Iterable[int]
+) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for position in positions:
-        groups.setdefault(reach[position], []).append(position)
-    groups.pop((), None)  # what no loss reaches stays as it is
-    return [("+".join(map(str, names)), names, tuple(members)) for names, members in groups.items()]
-
-
-def parameters_by_modality(groups: Any) -> Modalities:
-    """Resolve ``param_groups_by_modality`` to named parameters.
-
-    Args:
-        groups: a mapping from a modality's name to a module, to parameters, or to
-            ``(name, parameter)`` pairs. Generators are read once, here.
-
-    Raises:
-        TypeError: not a mapping, or an entry of another kind; names the modality.
-        ValueError: no entry, an empty one, or a parameter in two modalities; names them.
-    """
-    if not isinstance(groups, Mapping):
-        raise TypeError(
-            "param_groups_by_modality must be a mapping from a modality's name to a module "
-            f"or its parameters, got {type(groups).__name__}"
-        )
-    if not groups:
-        raise ValueError(
-            "param_groups_by_modality is empty: name at least one modality, or leave it out "
-            "to have the blocks found from which losses reach which parameters"
-        )
-    if len({str(name) for name in groups}) < len(groups):
-        raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
-    modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
-    owner: dict[Tensor, str] = {}
-    for modality, params in modalities.items():
-        for param, name in params.items():
-            if param in owner:
-                raise ValueError(
-                    f"parameter {name} of modality {modality!r} is in modality "
-                    f"{owner[param]!r} too: leave it in one of them, or in neither to have "
-                    "its gradients added"
-                )
-            owner[param] = modality
-    return modalities
-
-
-def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
-    """Raise ValueError if a trainable parameter of a modality is not in the optimizer."""
-    known = set(held)
-    for modality, params in modalities.items():
-        for param, name in params.items():
-            if param.requires_grad and param not in known:
-                raise ValueError(
-                    f"parameter {name} of modality {modality!r} is not held by the base "
-                    "optimizer: add it with add_param_group(), freeze it with "
-                    "requires_grad_(False), or leave it out of param_groups_by_modality"
-                )
-
-
-def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
-    if isinstance(entry, nn.Module):
-        items: list[Any] = list(entry.named_parameters())
-    elif isinstance(entry, Iterable) and not isinstance(entry, str | bytes | Tensor):
-        items = list(entry)
-    else:
-        items = [entry]
-    params: dict[Tensor, str] = {}
-    for index, item in enumerate(items):
-        name, param = item if _is_pair(item) else (str(index), item)
-        if not isinstance(param, Tensor):
-            raise TypeError(
-                f"modality {modality!r} must be a module, parameters or (name, parameter) "
-                f"pairs, got {type(param).__name__}"
-            )
-        params[param] = f"{name!r} of shape {tuple(param.shape)}"
-    if not params:
-        raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
-    return params
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        groups.setdefault(reached[position], []).append(position)
+    groups.pop((), None)
+    return ((names, tuple(members)) for names, members in groups.items())

@@ -1,216 +1,278 @@
-"""From several gradients for each parameter to one: blocks, coefficients, combination."""
+"""From several gradients for each parameter to one: rows, Gram matrices, coefficients, sums."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block
-from mmpareto_optim.flat import FlatBlock
-from mmpareto_optim.gradients import Gradient
+from mmpareto_optim.flat.memory import total_of
+from mmpareto_optim.ground import Gradient
+from mmpareto_optim.modalities import Modalities
+from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.rules import (
     Rule,
     applied_gamma,
-    mmpareto_coefficients,
+    default_gamma,
     mmpareto_on_the_host,
-    pareto_coefficients,
-    uniform_coefficients,
-    unstretched_coefficients,
+    named_coefficients,
 )
-from mmpareto_optim.sharded import ShardedBlock
 from mmpareto_optim.stats import BlockStats
 
-Integration = Literal["mmpareto", "pareto", "uniform"] | Rule
+Integration = str | Rule
+"""The name of a rule, or a function from a Gram matrix ``(m, m)`` to coefficients ``(m,)``."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How gradients are integrated; see :class:`MMParetoOptimizer` for the fields."""
-
-    integration: Integration
-    gamma: float
-    rescale: Literal["encoder", "tensor"]
-
-
-Flat = FlatBlock | ShardedBlock
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """How several processes integrate as one.
+    """How gradients are integrated; see :class:`MMParetoOptimizer` for the fields.
 
     Attributes:
-        total: from this rank's Gram matrices to those of the whole.
-        same: from what a function of the user's returned here to what all ranks take: it may
-            be random.
+        copies: of a rule with a memory, one for each block.
     """
 
-    total: Callable[[Sequence[Tensor]], Sequence[Tensor]] = list
-    same: Callable[[Tensor], Tensor] = _itself
+    integration: Integration
+    gamma: float | None
+    rescale: Literal["encoder", "tensor"]
+    copies: dict[str, Rule]
+
+    @property
+    def factor(self) -> float:
+        """Gamma, or what it is where nobody chose it."""
+        return default_gamma(self.integration) if self.gamma is None else self.gamma
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether each tensor is stretched by itself."""
+        return self.integration == "mmpareto" and self.rescale == "tensor"
 
 
-ONE_PROCESS = Ranks()
-
-
-def integrate(
-    blocks: Sequence[Block],
+def constants_of(
     params: Sequence[Tensor],
-    rows: Mapping[str, Gradient],
     method: Method,
-    *,
-    keep: bool,
-    flatten: Callable[..., Flat] = FlatBlock,
-    ranks: Ranks = ONE_PROCESS,
-) -> tuple[dict[int, Tensor], dict[str, BlockStats]]:
-    """One gradient for each parameter that is in a block.
+    modalities: Modalities | None,
+    features: Mapping[str, Tensor] | None,
+) -> Any:
+    """What ranks that train one model have in common, by the names of error messages."""
+    rule: Any = method.integration
+    if callable(rule):
+        rule = getattr(rule, "__name__", type(rule).__name__)
+    chosen = {} if modalities is None else modalities
+    return (
+        ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
+        ("integration, gamma or rescale", (rule, method.factor, method.rescale)),
+        (
+            "param_groups_by_modality",
+            tuple(
+                (name, tuple(index for index, param in enumerate(params) if param in members))
+                for name, members in chosen.items()
+            ),
+        ),
+        ("features", None if features is None else tuple(features)),
+    )
+
+
+class Integrated:
+    """Blocks whose coefficients are known, and the rows that these belong to.
 
     Args:
         blocks: groups of parameters.
         params: all parameters, which the positions of a block count.
         rows: for each objective its gradient, one tensor or None for each of ``params``.
-        method: how the blocks that are to be integrated are; the others' rows are added.
+        method: how blocks are integrated.
+        processes: how several processes do it as one.
+        grams: from the rows of blocks to their Gram matrices.
         keep: whether ``rows`` are needed afterwards; otherwise they are emptied.
-        flatten: makes of a block's gradients what has the methods of :class:`FlatBlock`.
-        ranks: how several processes do it as one.
-
-    Returns:
-        By position one new tensor in the parameter's shape, and by name what was seen of
-        each integrated block.
 
     Raises:
-        ValueError: an integration function of the user's returns another shape, or has a
-            ``reset()`` and would serve several blocks.
+        ValueError: an integration function of the user's returns another shape.
     """
-    gradients = _of_one_objective(blocks, params, rows, keep=keep, flatten=flatten)
-    flats: dict[Block, Flat] = {}
-    for block in blocks:
-        if len(block.objectives) > 1:
-            taken = [_take(rows[name], block.positions, keep=keep) for name in block.objectives]
-            members = [params[position] for position in block.positions]
-            flats[block] = flatten(members, taken, keep=keep)
-    integrated = [block for block in blocks if block.integrated]
-    whole = ranks.total is ONE_PROCESS.total
-    totals = ranks.total([flats[block].gram(quick=whole) for block in integrated])
-    grams = dict(zip(integrated, totals, strict=True))
-    coefficients = _coefficients(method, flats, grams, ranks.same)
-    stats: dict[str, BlockStats] = {}
-    for block, flat in flats.items():
-        if not block.integrated:
-            gradients.update(zip(block.positions, flat.sum(), strict=True))
-            continue
-        factors, stretch = coefficients[block], None
-        if method.integration == "mmpareto" and method.rescale == "tensor":
-            gamma_here = applied_gamma(grams[block], method.gamma)
-            combined, stretch = flat.combine_and_stretch(factors, gamma_here)
-        else:
-            combined = flat.combine(factors)
-        gradients.update(zip(block.positions, combined, strict=True))
-        gamma = method.gamma if method.integration == "mmpareto" else 1.0
-        stats[block.name] = BlockStats(block.objectives, grams[block], factors, gamma, stretch)
-    return gradients, stats
 
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        params: Sequence[Tensor],
+        rows: Mapping[str, Gradient],
+        method: Method,
+        processes: Alone,
+        grams: Callable[[Sequence[Any]], Sequence[Tensor]],
+        *,
+        keep: bool,
+    ) -> None:
+        self._blocks = [block for block in blocks if block.integrated]
+        self._params = params
+        self._rows = rows
+        self._method = method
+        self._processes = processes
+        self._keep = keep
+        flats = self._flattened()
+        self._grams = list(grams(flats)) if flats else []
+        if not callable(method.integration):
+            self._grams = united(self._blocks, self._grams)
+        self._coefficients = self._solved(flats)
+        self._flats: list[Any] | None = flats
+        self._stretches: list[Tensor | None] = [None] * len(flats)
 
-def _of_one_objective(
-    blocks: Sequence[Block],
-    params: Sequence[Tensor],
-    rows: Mapping[str, Gradient],
-    *,
-    keep: bool,
-    flatten: Callable[..., Flat],
-) -> dict[int, Tensor]:
-    """The gradients of all blocks that have one, copied together."""
-    positions: list[int] = []
-    gradient: Gradient = []
-    for block in blocks:
-        if len(block.objectives) == 1:
-            positions += block.positions
-            gradient += _take(rows[block.objectives[0]], block.positions, keep=keep)
-    copies = flatten([params[position] for position in positions], [gradient]).sum()
-    return dict(zip(positions, copies, strict=True))
+    def gradients(self) -> dict[int, Tensor]:
+        """One new tensor in the parameter's shape for each position that has a gradient.
 
+        Called again, the same gradients are computed again, if ``rows`` were kept.
+        """
+        flats = self._flattened() if self._flats is None else self._flats
+        self._flats = None
+        found: dict[int, Tensor] = {}
+        for index, (block, flat) in enumerate(zip(self._blocks, flats, strict=True)):
+            found.update(zip(block.positions, self._combined(index, flat), strict=True))
+        del flats
+        taken = {position: b.objectives for b in self._blocks for position in b.positions}
+        for position, param in enumerate(self._params):
+            pieces = self._not_integrated(position, taken.get(position, ()))
+            if pieces:
+                total = total_of(pieces, self._processes.own_part(param))
+                found[position] = found[position] + total if position in found else total
+        return {p: self._processes.whole(self._params[p], part) for p, part in found.items()}
 
-def _take(row: Gradient, positions: Sequence[int], *, keep: bool) -> Gradient:
-    taken = [row[position] for position in positions]
-    if not keep:
-        for position in positions:
-            row[position] = None
-    return taken
+    def stats(self) -> dict[str, BlockStats]:
+        """What was seen of each block, after :meth:`gradients`."""
+        found = {}
+        for index, block in enumerate(self._blocks):
+            gram = self._grams[index]
+            named = not callable(self._method.integration)
+            found[block.name] = BlockStats(
+                block.objectives,
+                gram,
+                self._coefficients[index],
+                self._method.factor if named else 1.0,
+                self._stretches[index],
+            )
+        return found
 
+    def _flattened(self) -> list[Any]:
+        flats = []
+        for block in self._blocks:
+            taken = [self._take(self._rows[name], block.positions) for name in block.objectives]
+            members = [self._params[position] for position in block.positions]
+            flats.append(self._processes.flat(members, taken, keep=self._keep))
+        return flats
 
-def _coefficients(
-    method: Method,
-    flats: Mapping[Block, Flat],
-    grams: Mapping[Block, Tensor],
-    same: Callable[[Tensor], Tensor],
-) -> dict[Block, Tensor]:
-    if callable(method.integration):
-        _check_memory(method.integration, list(grams))
-        return {
-            block: same(_of_users_rule(method.integration, block, gram.to(flats[block].dtype)))
-            for block, gram in grams.items()
-        }
-    coefficients: dict[Block, Tensor] = {}
-    # Other blocks of the same kind are solved together: a rule is many small operations.
-    alike: dict[tuple[int, torch.device, torch.dtype], list[Block]] = {}
-    for block, gram in grams.items():
-        dtype = flats[block].dtype
-        if _is_for_the_host(method, gram):
-            eps = torch.finfo(dtype).eps
-            coefficients[block] = mmpareto_on_the_host(gram, method.gamma, eps)
-        else:
-            kind = (len(block.objectives), gram.device, dtype)
-            alike.setdefault(kind, []).append(block)
-    for (_, _, dtype), members in alike.items():
-        batch = torch.stack([grams[block] for block in members])
-        solved = _of_method(method, batch, torch.finfo(dtype).eps).unbind()
-        coefficients |= dict(zip(members, solved, strict=True))
-    return coefficients
+    def _take(self, row: Gradient, positions: Sequence[int]) -> Gradient:
+        taken = [row[position] for position in positions]
+        if not self._keep:
+            for position in positions:
+                row[position] = None
+        return taken
 
+    def _not_integrated(self, position: int, objectives: Sequence[str]) -> list[Tensor]:
+        """What is added as it is: heads, and gradients that have been zero so far."""
+        pieces = []
+        for name, row in self._rows.items():
+            gradient = row[position]
+            if gradient is not None and name not in objectives:
+                pieces.append(gradient)
+                if not self._keep:
+                    row[position] = None
+        return pieces
 
-def _is_for_the_host(method: Method, gram: Tensor) -> bool:
-    return (
-        method.integration == "mmpareto"
-        and method.rescale == "encoder"
-        and gram.shape[-1] == 2
-        and type(gram) is Tensor
-        and gram.device.type == "cpu"
-    )
+    def _combined(self, index: int, flat: Any) -> list[Tensor]:
+        coefficients = self._coefficients[index]
+        if not self._method.by_tensor:
+            return flat.combine(coefficients)  # type: ignore[no-any-return]
+        gamma = applied_gamma(self._grams[index], self._method.factor)
+        combined, self._stretches[index] = flat.combine_and_stretch(coefficients, gamma)
+        return combined  # type: ignore[no-any-return]
 
+    def _solved(self, flats: Sequence[Any]) -> list[Tensor]:
+        if callable(self._method.integration):
+            return [
+                self._processes.same(self._of_users_rule(block, gram.to(flat.dtype)))
+                for block, gram, flat in zip(self._blocks, self._grams, flats, strict=True)
+            ]
+        found: dict[int, Tensor] = {}
+        # Other blocks of the same kind are solved together: a rule is many small operations.
+        alike: dict[Any, list[int]] = {}
+        for index, (gram, flat) in enumerate(zip(self._grams, flats, strict=True)):
+            if self._is_for_the_host(gram):
+                found[index] = mmpareto_on_the_host(gram, self._method.factor, *flat.errors)
+            else:
+                kind = (len(gram), gram.device, gram.dtype, flat.errors)
+                alike.setdefault(kind, []).append(index)
+        for (*_, (eps, written)), members in alike.items():
+            solved = named_coefficients(
+                str(self._method.integration),
+                torch.stack([self._grams[index] for index in members]),
+                self._method.factor,
+                eps=eps,
+                written=written,
+                stretched=not self._method.by_tensor,
+            )
+            found.update(zip(members, solved.unbind(), strict=True))
+        return [found[index] for index in range(len(flats))]
 
-def _of_method(method: Method, grams: Tensor, eps: float) -> Tensor:
-    if method.integration == "uniform":
-        return uniform_coefficients(grams)
-    if method.integration == "pareto":
-        return pareto_coefficients(grams)
-    if method.rescale == "tensor":
-        return unstretched_coefficients(grams, method.gamma)
-    return mmpareto_coefficients(grams, method.gamma, eps=eps)
-
-
-def _check_memory(rule: Rule, blocks: Sequence[Block]) -> None:
-    """Raise if a rule with a memory, which a ``reset()`` tells of, would serve several blocks."""
-    if len(blocks) > 1 and callable(getattr(rule, "reset", None)):
-        names = ", ".join(repr(block.name) for block in blocks)
-        raise ValueError(
-            f"integration {type(rule).__name__} keeps a state from step to step (it has a "
-            f"reset()), which blocks {names} would mix up: make them one with "
-            "param_groups_by_modality, or take a rule without a state"
+    def _is_for_the_host(self, gram: Tensor) -> bool:
+        return (
+            self._method.integration == "mmpareto"
+            and not self._method.by_tensor
+            and gram.shape[-1] == 2
+            and type(gram) is Tensor
+            and gram.device.type == "cpu"
         )
 
+    def _of_users_rule(self, block: Block, gram: Tensor) -> Tensor:
+        coefficients = self._rule_of(block)(gram)
+        expected = (len(block.objectives),)
+        if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
+            found = getattr(coefficients, "shape", type(coefficients).__name__)
+            raise ValueError(
+                f"the integration function must return coefficients of shape {expected} for "
+                f"block {block.name!r} of objectives {block.objectives}, got {found}"
+            )
+        return coefficients
 
-def _of_users_rule(rule: Rule, block: Block, gram: Tensor) -> Tensor:
-    coefficients = rule(gram)
-    expected = (len(block.objectives),)
-    if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
-        found = getattr(coefficients, "shape", type(coefficients).__name__)
-        raise ValueError(
-            f"the integration function must return coefficients of shape {expected} for "
-            f"block {block.name!r} of objectives {block.objectives}, got {found}"
-        )
-    return coefficients
+    def _rule_of(self, block: Block) -> Rule:
+        """The user's function; of one with a memory, which a ``reset()`` tells of, a copy."""
+        rule: Any = self._method.integration
+        if not callable(getattr(rule, "reset", None)):
+            return rule  # type: ignore[no-any-return]
+        if block.name not in self._method.copies:
+            self._method.copies[block.name] = deepcopy(rule)
+        return self._method.copies[block.name]
+
+
+def united(blocks: Sequence[Block], grams: Sequence[Tensor]) -> list[Tensor]:
+    """Gram matrices of blocks, added up where the same losses have a gradient other than zero.
+
+    A zero gradient counts as an absent loss: one that is multiplied by zero leaves the blocks
+    that there are without it, and parameters that the same losses reach are one block. Decided on
+    the device. Blocks chosen by hand stay as they are.
+    """
+    total = list(grams)
+    for one, block in enumerate(blocks):
+        for two, other in enumerate(blocks):
+            common = [name for name in block.objectives if name in other.objectives]
+            if one == two or len(common) < 2 or block.by_hand or other.by_hand:
+                continue
+            here = [block.objectives.index(name) for name in common]
+            there = [other.objectives.index(name) for name in common]
+            same = _same_present(grams[one], here, grams[two], there)
+            total[one] = total[one] + _moved(grams[two], there, here, len(grams[one]), same)
+    return total
+
+
+def _same_present(one: Tensor, here: list[int], other: Tensor, there: list[int]) -> Tensor:
+    """Whether the same of two blocks' gradients are not zero, a boolean scalar."""
+    first, second = one.diagonal() != 0, (other.diagonal() != 0).to(one.device)
+    same = first.sum() == second.sum()
+    in_common = torch.stack([first[i] & second[j] for i, j in zip(here, there, strict=True)])
+    return same & (in_common.sum() == first.sum())
+
+
+def _moved(gram: Tensor, there: list[int], here: list[int], size: int, condition: Tensor) -> Tensor:
+    """The entries ``there`` of a Gram matrix at the places ``here`` of another, or zeros."""
+    result = torch.zeros(size, size, dtype=gram.dtype, device=condition.device)
+    for i, j in zip(here, there, strict=True):
+        for k, n in zip(here, there, strict=True):
+            result[i, k] = torch.where(condition, gram[j, n].to(condition.device), 0.0)
+    return result

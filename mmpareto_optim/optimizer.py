@@ -1,47 +1,21 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
-import inspect
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from mmpareto_optim.blocks import (
-    Block,
-    Modalities,
-    Reach,
-    blocks_by_modality,
-    blocks_by_reach,
-    check_held,
-    parameters_by_modality,
-)
-from mmpareto_optim.distributed import (
-    Constants,
-    Processes,
-    check_member,
-    failing_together,
-    group_of,
-    is_initialized,
-)
-from mmpareto_optim.features import ENCODERS, check_features, gradients_by_features
-from mmpareto_optim.flat import FlatBlock
-from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
-from mmpareto_optim.graph import check_not_blurred
-from mmpareto_optim.integration import Integration, Method, Ranks, integrate
-from mmpareto_optim.rules import check_gamma
-from mmpareto_optim.sharded import Sharding, gradients_by_backward, is_dtensor, local_part, whole
+from mmpareto_optim.contract import check_step, handing_self, of_integrator
+from mmpareto_optim.gradients.losses import Losses
+from mmpareto_optim.integration import Integration
+from mmpareto_optim.integrator import GradientIntegrator
+from mmpareto_optim.report import Blocks
 from mmpareto_optim.stats import BlockStats
-from mmpareto_optim.window import Window
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
-
-Losses = Mapping[str, Tensor]
 
 
 class MMParetoOptimizer(Optimizer):
@@ -68,8 +42,11 @@ class MMParetoOptimizer(Optimizer):
             leaves out are added.
         integration: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
             ``"uniform"``, the sum; or a function from a Gram matrix ``(m, m)`` to the
-            coefficients ``(m,)`` of the gradients.
-        gamma: factor on the integrated gradients of ``"mmpareto"``, positive.
+            coefficients ``(m,)`` of the gradients. One that has a ``reset()`` keeps a state, and
+            each block gets a copy of its own.
+        gamma: factor on the integrated gradients of any named rule, positive; None for 1.5 with
+            ``"mmpareto"``, as in the authors' code, and 1 with the others. Where only one
+            gradient is not zero, it is taken as it is.
         rescale: how ``"mmpareto"`` restores the length of a conflicting block's gradient:
             ``"encoder"``, the block as a whole, as in the paper, which keeps it a descent
             direction common to all losses; or ``"tensor"``, each parameter tensor by its
@@ -85,9 +62,6 @@ class MMParetoOptimizer(Optimizer):
 
     Attributes:
         optimizer: the base optimizer.
-        stats: for each block of two or more objectives a :class:`BlockStats` of the last
-            integration, by the block's name: the modality, or the names of the losses that
-            reach it joined by ``+``.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
@@ -97,19 +71,13 @@ class MMParetoOptimizer(Optimizer):
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
 
-    stats: dict[str, BlockStats]
-    _window: Window | None
-    _checked_reach: Reach
-    _processes: Processes | None
-    _sharding: Sharding | None
-
     def __init__(
         self,
         optimizer: Optimizer,
         param_groups_by_modality: Mapping[str, Any] | None = None,
         *,
         integration: Integration = "mmpareto",
-        gamma: float = 1.5,
+        gamma: float | None = None,
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
@@ -125,32 +93,16 @@ class MMParetoOptimizer(Optimizer):
                 "optimizer is an MMParetoOptimizer already: wrap the base once, or give its "
                 "attribute .optimizer"
             )
-        if not callable(integration) and integration not in ("mmpareto", "pareto", "uniform"):
-            raise ValueError(
-                'integration must be "mmpareto", "pareto", "uniform" or a function from a Gram '
-                f"matrix to coefficients, got {integration!r}"
-            )
-        if rescale not in ("encoder", "tensor"):
-            raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
-        check_gamma(gamma)
-        if process_group is not None:
-            if not average_gradients:
-                raise ValueError(
-                    "process_group names the processes to average over, and average_gradients is "
-                    "False: leave one of them out"
-                )
-            check_member(process_group)
         self.optimizer = optimizer
-        self.integration = integration
-        self.gamma = gamma
-        self.rescale = rescale
-        self.process_group = process_group
-        self.average_gradients = average_gradients
-        self._modalities: Modalities | None = None
-        self._forget()
-        if param_groups_by_modality is not None:
-            self._modalities = parameters_by_modality(param_groups_by_modality)
-            check_held(self._modalities, self._held())
+        self._integrator = GradientIntegrator(
+            optimizer.param_groups,
+            param_groups_by_modality,
+            integration=integration,
+            gamma=gamma,
+            rescale=rescale,
+            process_group=process_group,
+            average_gradients=average_gradients,
+        )
 
     @overload
     def step(
@@ -202,35 +154,26 @@ class MMParetoOptimizer(Optimizer):
                 base that cannot step without a closure, given none; and whatever
                 :meth:`backward` raises.
         """
-        if closure is not None and not callable(closure):
-            raise TypeError(
-                f"closure must be callable, got {type(closure).__name__}: pass losses by name, as "
-                "in step(losses=...)"
-            )
-        if losses is not None and closure is not None:
-            raise TypeError(
-                "step() takes losses or a closure that returns them, not both; where a framework "
-                "brings a closure of its own (Lightning does), call backward(losses), then step()"
-            )
-        if features is not None and losses is None:
-            raise TypeError(
-                "step() takes features only with losses: a closure computes its own, and calls "
-                "backward(losses, features=...) itself"
-            )
-        if param_groups_by_modality is not None and losses is None and closure is None:
-            raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
-        if closure is None and _needs_closure(type(self.optimizer).step):
-            raise TypeError(
-                f"{type(self.optimizer).__name__} evaluates the losses more than once in a step: "
-                "call step(closure) with a closure that returns the mapping of losses"
-            )
+        step = self._stepped
+        if torch.compiler.is_compiling():  # the graph is broken around the integration
+            step = torch.compiler.disable(step)
+        return step(closure, losses, features, param_groups_by_modality)
+
+    def _stepped(
+        self,
+        closure: Callable[[], Any] | None,
+        losses: Losses | None,
+        features: Mapping[str, Tensor] | None,
+        param_groups_by_modality: Mapping[str, Any] | None,
+    ) -> Any:
+        check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
         if losses is not None:
-            self._backward(losses, features, param_groups_by_modality, keep=False)
+            self._current().integrate(losses, features, param_groups_by_modality, keep=False)
         if closure is None:
             result = self.optimizer.step()
         else:
             result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
-        self._window = None
+        self._integrator.end_window()
         return result
 
     def backward(
@@ -239,6 +182,7 @@ class MMParetoOptimizer(Optimizer):
         *,
         features: Mapping[str, Tensor] | None = None,
         param_groups_by_modality: Mapping[str, Any] | None = None,
+        retain_graph: bool = False,
     ) -> None:
         """Leave the integrated gradients of the losses in ``.grad``, as ``backward`` does.
 
@@ -248,7 +192,8 @@ class MMParetoOptimizer(Optimizer):
         else changes ``.grad`` in between. What does (clipping, another ``backward``) is added
         to and not integrated again.
 
-        Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
+        A loss reaches a parameter once it has given it a gradient other than zero. Unlike
+        ``Tensor.backward``, this reaches only the parameters that the base holds, runs
         tensor hooks once a loss and no post-accumulate-grad hooks, and refuses
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
         Where parameters are DTensors (FSDP2, tensor parallelism) it is ``Tensor.backward`` that
@@ -270,15 +215,14 @@ class MMParetoOptimizer(Optimizer):
                 computed from; None for exact gradients. Parameters that are not behind a
                 feature are treated as without.
             param_groups_by_modality: overrides that of the constructor.
+            retain_graph: whether the graph is needed again, by another ``backward``.
 
         Raises:
             TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
             ValueError: no loss; one that is not a scalar or has no graph; as in the
                 constructor for ``param_groups_by_modality``; an ``integration`` function
                 that returns another shape. Features that have no graph, that no loss reaches
-                or that a loss goes around; several losses through one region that
-                ``torch.compile`` compiled; features with ``rescale="tensor"``, or in only a
-                part of the calls that accumulate.
+                or that a loss goes around; features with ``rescale="tensor"``.
                 Sharded parameters with features, with ``rescale="tensor"``, of FSDP1, or on
                 device meshes that do not fit each other or the process group.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
@@ -291,14 +235,22 @@ class MMParetoOptimizer(Optimizer):
         if isinstance(owner, MMParetoOptimizer):
             # Lightning hands out an object that inherits these methods and holds the optimizer.
             owner.backward(
-                losses, features=features, param_groups_by_modality=param_groups_by_modality
+                losses,
+                features=features,
+                param_groups_by_modality=param_groups_by_modality,
+                retain_graph=retain_graph,
             )
         else:
-            self._backward(losses, features, param_groups_by_modality, keep=True)
+            self._current().backward(
+                losses,
+                features=features,
+                param_groups_by_modality=param_groups_by_modality,
+                retain_graph=retain_graph,
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
-        self._window = None
+        self._integrator.end_window()
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -312,6 +264,20 @@ class MMParetoOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the base's state."""
         self.optimizer.load_state_dict(state_dict)
+
+    integration = of_integrator("integration")
+    gamma = of_integrator("gamma")
+    rescale = of_integrator("rescale")
+
+    @property
+    def stats(self) -> dict[str, BlockStats]:
+        """As of :class:`GradientIntegrator`."""
+        return self._integrator.stats
+
+    @property
+    def blocks(self) -> Blocks:
+        """As of :class:`GradientIntegrator`: what to print first when results surprise."""
+        return self._integrator.blocks
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -337,47 +303,16 @@ class MMParetoOptimizer(Optimizer):
         return self.optimizer.defaults
 
     # Hooks run around the base's step, when .grad is there, and are handed this optimizer.
-
-    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """As in ``torch.optim``; called with the integrated gradients in ``.grad``."""
-        return self.optimizer.register_step_pre_hook(self._handed_self(hook))
-
-    def register_step_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """As in ``torch.optim``."""
-        return self.optimizer.register_step_post_hook(self._handed_self(hook))
-
-    def register_state_dict_pre_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """As in ``torch.optim``."""
-        return self.optimizer.register_state_dict_pre_hook(self._handed_self(hook), prepend)
-
-    def register_state_dict_post_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """As in ``torch.optim``."""
-        return self.optimizer.register_state_dict_post_hook(self._handed_self(hook), prepend)
-
-    def register_load_state_dict_pre_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """As in ``torch.optim``."""
-        return self.optimizer.register_load_state_dict_pre_hook(self._handed_self(hook), prepend)
-
-    def register_load_state_dict_post_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """As in ``torch.optim``."""
-        return self.optimizer.register_load_state_dict_post_hook(self._handed_self(hook), prepend)
+    register_step_pre_hook = handing_self("register_step_pre_hook")
+    register_step_post_hook = handing_self("register_step_post_hook")
+    register_state_dict_pre_hook = handing_self("register_state_dict_pre_hook")
+    register_state_dict_post_hook = handing_self("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = handing_self("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = handing_self("register_load_state_dict_post_hook")
 
     def __repr__(self) -> str:
-        blocks = "found by reach" if self._modalities is None else ", ".join(self._modalities)
-        integration = getattr(self.integration, "__name__", self.integration)
-        settings = f"integration={integration!r}"
-        if self.integration == "mmpareto":
-            settings += f", gamma={self.gamma}, rescale={self.rescale!r}"
         base = "    ".join(repr(self.optimizer).splitlines(keepends=True))
-        return f"{type(self).__name__} (\n    {settings}\n    blocks: {blocks}\n    {base}\n)"
+        return f"{type(self).__name__} (\n    {self._integrator.settings}\n    {base}\n)"
 
     def __getattr__(self, name: str) -> Any:
         # Private names stay the base's own: GradScaler, say, asks for one that is a promise
@@ -387,172 +322,15 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.process_group is not None:
-            raise TypeError(
-                "a process group cannot be copied or pickled, nor can this optimizer, which holds "
-                "one: save its state_dict(), and build it anew"
-            )
-        own = ("integration", "gamma", "rescale", "process_group", "average_gradients")
-        return {name: self.__dict__[name] for name in ("optimizer", "_modalities", *own)}
+        return {"optimizer": self.optimizer, "_integrator": self._integrator}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
 
-    def _forget(self) -> None:
-        """What follows from the settings and the last steps."""
-        self.stats = {}
-        self._window = None
-        self._checked_reach = ()
-        self._processes = None
-        self._sharding = None
-
-    def _backward(
-        self,
-        losses: Losses,
-        features: Mapping[str, Tensor] | None,
-        param_groups_by_modality: Mapping[str, Any] | None,
-        *,
-        keep: bool,
-    ) -> None:
-        processes = self._several()
-        with failing_together(processes):
-            check_losses(losses)
-            held = self._held()
-            modalities = self._modalities
-            if param_groups_by_modality is not None:
-                modalities = parameters_by_modality(param_groups_by_modality)
-            if modalities is not None:
-                check_held(modalities, held)
-            self._check_features(features)
-            params = [param for param in held if param.requires_grad]
-            sharding = self._shards_of(params, features)
-            method = Method(self.integration, self.gamma, self.rescale)
-            constants: Constants = ()
-            if processes is not None:
-                constants = _constants(params, method, modalities, features)
-            # Before autograd runs: it fills .grad itself where a parameter retains its gradient.
-            foreign = [param.grad for param in params]
-            rows, seen = self._gradients(
-                losses, features, params, method, processes, constants, sharding
-            )
-        with torch.no_grad():
-            if processes is not None:
-                rows = _averaged(rows, params, processes, constants, sharding)
-            window = Window(params, rows, foreign)
-            # Until the new one is complete there is none: whatever raises below (a rule of
-            # the user's, say) leaves .grad as it is and ends the accumulation.
-            earlier, self._window = self._window, None
-            if earlier is not None:
-                window.extend(earlier)
-            blocks = self._blocks(window, modalities, losses)
-            gradients, stats = integrate(
-                blocks,
-                params,
-                window.rows,
-                method,
-                keep=keep,
-                flatten=FlatBlock if sharding is None else sharding.flat,
-                ranks=_ranks(processes, sharding),
-            )
-            window.write(gradients)
-            self.stats = seen | stats
-            self._window = window if keep else None
-
-    def _gradients(
-        self,
-        losses: Losses,
-        features: Mapping[str, Tensor] | None,
-        params: Sequence[Tensor],
-        method: Method,
-        processes: Processes | None,
-        constants: Constants,
-        sharding: Sharding | None,
-    ) -> tuple[dict[str, Gradient], dict[str, BlockStats]]:
-        """Each loss's gradient on this rank, and what was integrated at features, if any."""
-        if features is not None:
-            return gradients_by_features(
-                losses, features, params, method, self._describe, processes, constants
-            )
-        if sharding is None:
-            return gradients_of(losses, params, self._describe), {}
-        if processes is not None:
-            processes.check_alike((*constants, ("losses", tuple(losses))))
-        rows = gradients_of(losses, params, self._describe, gradients_by_backward)
-        sharding.check_reached(rows)
-        return rows, {}
-
-    def _check_features(self, features: Mapping[str, Tensor] | None) -> None:
-        if features is not None:
-            check_features(features)
-            if self.integration == "mmpareto" and self.rescale == "tensor":
-                raise ValueError(
-                    'rescale="tensor" stretches the gradients of parameter tensors one by one, '
-                    'and features are integrated before there are any: use rescale="encoder"'
-                )
-        if self._window is not None:
-            before = ENCODERS in self._window.rows
-            if before != (features is not None):
-                raise ValueError(
-                    f"backward() {'with' if before else 'without'} features has accumulated "
-                    f"gradients that one {'without' if before else 'with'} cannot add to: call "
-                    "zero_grad() in between, or give features in every call"
-                )
-
-    def _several(self) -> Processes | None:
-        """The processes to average over; None if there is just this one."""
-        if not self.average_gradients or not is_initialized():
-            return None
-        group = group_of(self.process_group)
-        if self._processes is None or self._processes.group is not group:
-            self._processes = Processes(group)
-        return self._processes if self._processes.size > 1 else None
-
-    def _shards_of(
-        self, params: Sequence[Tensor], features: Mapping[str, Tensor] | None
-    ) -> Sharding | None:
-        """How DTensors among the parameters are spread; None if there are none."""
-        if not is_initialized():
-            return None
-        if any(hasattr(param, "_fsdp_flattened") for param in params):
-            raise ValueError(
-                "the parameters belong to FullyShardedDataParallel (FSDP1), which reduces no "
-                "gradient of a single loss: shard the model with "
-                "torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
-        if not any(map(is_dtensor, params)):
-            return None
-        if features is not None:
-            raise ValueError(
-                "features cannot be integrated where parameters are sharded (DTensors): leave "
-                "features out for the exact gradients"
-            )
-        if self.integration == "mmpareto" and self.rescale == "tensor":
-            raise ValueError(
-                'rescale="tensor" needs the norm of each parameter tensor, and these are sharded '
-                '(DTensors): use rescale="encoder"'
-            )
-        group = group_of(self.process_group) if self.average_gradients else None
-        known = self._sharding
-        if known is None or known.group is not group or not _same(known.params, params):
-            self._sharding = Sharding(params, group)
-        return self._sharding
-
-    def _blocks(
-        self, window: Window, modalities: Modalities | None, losses: Losses
-    ) -> tuple[Block, ...]:
-        reach = window.reach()
-        if reach != self._checked_reach:
-            # A walk over the graph costs as much as a small backward; the same reach again
-            # makes the same blocks. Where these are given and a zero gradient counts as none,
-            # nothing depends on it.
-            harmless = modalities is not None and self.integration in ("mmpareto", "uniform")
-            if ENCODERS not in window.rows and not harmless:
-                check_not_blurred(losses)
-            self._checked_reach = reach
-        if modalities is None:
-            return blocks_by_reach(reach)
-        return blocks_by_modality(reach, window.params, modalities, window.rows)
+    def _current(self) -> GradientIntegrator:
+        # The base's list may be another by now, as after load_state_dict().
+        self._integrator.param_groups = self.optimizer.param_groups
+        return self._integrator
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None
@@ -562,83 +340,7 @@ class MMParetoOptimizer(Optimizer):
             if not isinstance(losses, Mapping):
                 return losses
             self.backward(losses, param_groups_by_modality=param_groups_by_modality)
-            total = sum(loss.detach() for loss in losses.values())
-            processes = self._several()
             # What a line search decides by must be the same on all ranks.
-            return total if processes is None else processes.mean(whole(total))
+            return self._integrator.mean(sum(loss.detach() for loss in losses.values()))
 
         return evaluate
-
-    def _held(self) -> list[Tensor]:
-        return [param for group in self.optimizer.param_groups for param in group["params"]]
-
-    def _describe(self, wanted: Tensor) -> str:
-        number, index, group = next(
-            (number, index, group)
-            for number, group in enumerate(self.optimizer.param_groups)
-            for index, param in enumerate(group["params"])
-            if param is wanted
-        )
-        if "param_names" in group:
-            return f"parameter {group['param_names'][index]!r}"
-        return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
-
-    def _handed_self(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda _, *args: hook(self, *args)
-
-
-def _constants(
-    params: Sequence[Tensor],
-    method: Method,
-    modalities: Modalities | None,
-    features: Mapping[str, Tensor] | None,
-) -> Constants:
-    """What ranks that train one model have in common, by the names of error messages."""
-    rule: Any = method.integration
-    if callable(rule):
-        rule = getattr(rule, "__name__", type(rule).__name__)
-    chosen = {} if modalities is None else modalities
-    return (
-        ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
-        ("integration, gamma or rescale", (rule, method.gamma, method.rescale)),
-        (
-            "param_groups_by_modality",
-            tuple(
-                (name, tuple(index for index, param in enumerate(params) if param in members))
-                for name, members in chosen.items()
-            ),
-        ),
-        ("features", None if features is None else tuple(features)),
-    )
-
-
-def _averaged(
-    rows: Mapping[str, Gradient],
-    params: Sequence[Tensor],
-    processes: Processes,
-    constants: Constants,
-    sharding: Sharding | None,
-) -> dict[str, Gradient]:
-    likes = params if sharding is None else [local_part(param) for param in params]
-    united = processes.unite(rows, likes, constants)
-    processes.average(united, range(len(params)) if sharding is None else sharding.averaged)
-    return united
-
-
-def _ranks(processes: Processes | None, sharding: Sharding | None) -> Ranks:
-    found: dict[str, Any] = {}
-    if processes is not None:
-        found["same"] = processes.same
-    if sharding is not None:
-        found["total"] = sharding.total
-    return Ranks(**found)
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-@cache
-def _needs_closure(step: Callable[..., Any]) -> bool:
-    closure = inspect.signature(step).parameters.get("closure")
-    return closure is not None and closure.default is inspect.Parameter.empty

@@ -17,6 +17,12 @@ settings.register_profile("default", deadline=None, max_examples=60)
 settings.load_profile("default")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "the differential fuzzer (tests/test_fuzz.py)")
+    group.addoption("--fuzz-models", type=int, default=400, help="how many models to draw")
+    group.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first model")
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> None:
     torch.manual_seed(0)

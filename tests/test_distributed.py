@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from mmpareto_optim import MMParetoOptimizer, distributed
+from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.parallel import averaged
 from tests.models import LateFusion, Losses, audio_visual_batch
 from tests.processes import Processes
 
@@ -400,9 +401,9 @@ def check_lbfgs() -> None:
     model = deepcopy(whole)
     (batch,) = batches(1)
     ends = []
-    for owner, part, averaged in ((whole, batch, False), (model, share(batch), True)):
+    for owner, part, several in ((whole, batch, False), (model, share(batch), True)):
         base = torch.optim.LBFGS(owner.parameters(), lr=0.5, line_search_fn="strong_wolfe")
-        opt = MMParetoOptimizer(base, average_gradients=averaged)
+        opt = MMParetoOptimizer(base, average_gradients=several)
 
         def closure(owner: Model = owner, part: Batch = part, opt: Any = opt) -> Losses:
             opt.zero_grad()
@@ -536,7 +537,7 @@ def check_collectives() -> None:
         opt.step(losses=model.losses(parts[0]))
         assert sizes == [2, everything]
         sizes.clear()
-        patch.setattr(distributed, "BUCKET", 50)
+        patch.setattr(averaged, "BUCKET", 50)
         opt.step(losses=model.losses(parts[1]))
         assert len(sizes) > 5
         assert sum(sizes) == 2 + everything

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mmpareto_optim
 from mmpareto_optim import MMParetoOptimizer
-from mmpareto_optim.flat import _buckets_of
+from mmpareto_optim.flat.buckets import _buckets_of
 from tests.models import LateFusion, audio_visual_batch
 
 FAULTS = [torch.OutOfMemoryError("out of memory"), KeyboardInterrupt(), ValueError("a hook's")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -249,7 +252,9 @@ def test_a_freed_graph_and_a_wrong_combination() -> None:
     losses = model.losses_at(features, batch[2])
     opt.backward(losses, features=features)
     before = grads(model)
-    with pytest.raises(RuntimeError, match="the graph behind the features"):
+    with pytest.raises(
+        RuntimeError, match=r"features \['audio', 'visual'\]: its graph has been freed"
+    ):
         opt.backward(model.losses_at(features, batch[2]), features=features)
     torch.testing.assert_close(grads(model), before)
     opt.zero_grad()
@@ -260,16 +265,54 @@ def test_a_freed_graph_and_a_wrong_combination() -> None:
 
 
 @pytest.mark.parametrize("first_with", [True, False])
-def test_features_in_every_call_or_in_none(first_with: bool) -> None:
+def test_calls_with_and_without_features_add_up(first_with: bool) -> None:
+    """What is integrated at features is added as it is; the rest as if there were no features."""
     model, batch = setting()
-    opt = optimizer(model)
-    for given_features in (first_with, not first_with):
+    ends = []
+    for calls in ([first_with], [not first_with], [first_with, not first_with]):
+        opt = optimizer(model)
+        opt.zero_grad()
+        for with_features in calls:
+            features = model.features(batch)
+            losses = model.losses_at(features, batch[2])
+            opt.backward(losses, features=features if with_features else None)
+        ends.append(grads(model))
+    one, other, both = ends
+    for name, found in both.items():
+        torch.testing.assert_close(found, one[name] + other[name])
+
+
+def test_a_hook_on_a_feature_runs_as_in_plain_training() -> None:
+    model, batch = setting()
+    calls: list[str] = []
+    found: list[dict[str, Any]] = []
+
+    def turning(name: str) -> Callable[[Tensor], Tensor]:
+        def turn(gradient: Tensor) -> Tensor:
+            calls.append(name)
+            return -gradient
+
+        return turn
+
+    for turned in (False, True):
+        opt = optimizer(model)
+        opt.zero_grad()
         features = model.features(batch)
-        losses = model.losses_at(features, batch[2])
-        if given_features == first_with:
-            opt.backward(losses, features=features if given_features else None)
-            before = grads(model)
-        else:
-            with pytest.raises(ValueError, match="features has accumulated"):
-                opt.backward(losses, features=features if given_features else None)
-    torch.testing.assert_close(grads(model), before)
+        for name, feature in features.items():
+            feature.retain_grad()
+            if turned:
+                feature.register_hook(turning(name))
+        opt.backward(model.losses_at(features, batch[2]), features=features)
+        found.append(grads(model) | {name: z.grad for name, z in features.items()})
+    assert sorted(calls) == ["audio", "visual"]
+    for name, gradient in found[0].items():
+        sign = -1 if name.startswith(("audio.", "visual.")) or name in ("audio", "visual") else 1
+        torch.testing.assert_close(found[1][name], sign * gradient)
+
+
+def test_where_hooks_cannot_be_set_aside_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmpareto_optim.gradients.features._are_set_aside", lambda: False)
+    model, batch = setting()
+    features = model.features(batch)
+    with pytest.warns(UserWarning, match="Leave features out where you have such hooks"):
+        optimizer(model).backward(model.losses_at(features, batch[2]), features=features)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim import MMParetoOptimizer
-from mmpareto_optim.distributed import Processes
+from mmpareto_optim.parallel.alone import Alone
+from mmpareto_optim.parallel.averaged import Averaged
+from mmpareto_optim.parallel.choice import Choice
 from tests.models import LateFusion, Losses, audio_visual_batch, train
 
 pytestmark = [
@@ -141,16 +143,16 @@ def test_averaging_does_not_wait_for_the_device(
     by_features: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process goes through the collectives of several: that is all one device can show."""
-    processes = Processes(torch.distributed.group.WORLD)
+    processes = Averaged(torch.distributed.group.WORLD)
     model = LateFusion().cuda()
     spec, image, label = (tensor.cuda() for tensor in audio_visual_batch())
     ends = []
-    for several in (None, processes):
-        monkeypatch.setattr(MMParetoOptimizer, "_several", lambda _, several=several: several)
+    for several in (Alone(), processes):
+        monkeypatch.setattr(Choice, "of", lambda *_, several=several: several)
         twin = deepcopy(model)
         opt = MMParetoOptimizer(torch.optim.SGD(twin.parameters(), lr=0.1))
         for number in range(4):
-            if number == 1 and several is not None:
+            if number == 1 and several is processes:
                 request.getfixturevalue("sync_is_an_error")
             features = twin.features((spec, image, label))
             losses = twin.losses_at(features, label)

@@ -58,10 +58,30 @@ def integrated(rows: Tensor, **options: object) -> tuple[Tensor, MMParetoOptimiz
 
 def slack(rows: Tensor, opt: MMParetoOptimizer) -> Tensor:
     """By how much rounding may change each entry of ``h``, shape ``(n,)``."""
-    (stats,) = opt.stats.values()
-    terms = (stats.coefficients.double().unsqueeze(1) * rows.double()).abs().sum(0)
+    terms = (coefficients(rows, opt).unsqueeze(1) * rows.double()).abs().sum(0)
     combined = max(torch.finfo(torch.promote_types(rows.dtype, torch.float32)).eps, 2**-52)
     return ((len(rows) + 2) * combined + torch.finfo(rows.dtype).eps) * terms + 1e-300
+
+
+def coefficients(rows: Tensor, opt: MMParetoOptimizer) -> Tensor:
+    """Of each row; 1 of those whose loss is absent from the block, or alone in it."""
+    found = torch.ones(len(rows), dtype=torch.float64)
+    for stats in opt.stats.values():
+        for name, coefficient in zip(stats.objectives, stats.coefficients, strict=True):
+            found[int(name.removeprefix("loss"))] = coefficient
+    return found
+
+
+def in_conflict(opt: MMParetoOptimizer) -> bool:
+    return any(bool(stats.conflict) for stats in opt.stats.values())
+
+
+@given(gradients((torch.bfloat16,), decades=3, most=5))
+def test_what_is_written_in_half_precision_never_ascends(rows: Tensor) -> None:
+    """In conflict, to the last bit: the direction keeps clear of the rounding of the result."""
+    h, opt = integrated(rows)
+    if in_conflict(opt):
+        assert (rows.double() @ h >= 0).all()
 
 
 @given(gradients())
@@ -69,8 +89,7 @@ def test_never_ascends(rows: Tensor) -> None:
     h, opt = integrated(rows)
     wide = rows.double()
     assert h.isfinite().all()
-    (stats,) = opt.stats.values()
-    if stats.conflict:
+    if in_conflict(opt):
         assert (wide @ h >= -(wide.abs() @ slack(rows, opt))).all()
     else:
         assert ((h - factor(rows) * wide.sum(0)).abs() <= slack(rows, opt)).all()
@@ -84,15 +103,15 @@ def factor(rows: Tensor) -> float:
 @given(gradients(decades=15))
 def test_as_long_as_the_sum_unless_stationary(rows: Tensor) -> None:
     h, opt = integrated(rows)
-    (stats,) = opt.stats.values()
-    if stats.scale == 0:
+    if opt.stats and all(stats.scale == 0 for stats in opt.stats.values()):
         # Refused: then no direction is common to all but for the Gram matrix's rounding. Lengths
         # do not matter to that.
         wide = rows.double()[rows.double().norm(dim=1) > 0]
         unit = wide / wide.norm(dim=1, keepdim=True)
         nearest = min_norm_weights(unit @ unit.T) @ unit
         eps = torch.finfo(torch.promote_types(rows.dtype, torch.float32)).eps
-        assert nearest.norm() <= 4 * (len(rows) * eps) ** 0.5
+        written = torch.finfo(rows.dtype).eps / 2 if rows.dtype == torch.bfloat16 else 0
+        assert nearest.norm() <= 4 * (len(rows) * eps + written) ** 0.5
         assert not h.any()
     else:
         wanted = factor(rows) * rows.double().sum(0).norm()
@@ -251,7 +270,7 @@ integers = st.integers(2, 5).flatmap(
 
 
 @given(integers)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_step_of_integer_gradients_is_the_exact_one(
     dtype: torch.dtype, rows: list[list[int]]
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor, nn
 
-from mmpareto_optim import MMParetoOptimizer, ownership
+from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.flat import memory
 
 SHAPES = [(3,), (2, 3), (300, 200), (100_000,)]
 """Short gradients are integrated in one flat vector, long ones for themselves."""
@@ -23,7 +24,7 @@ KEPT: dict[str, tuple[Keep, Callable[[Any], Tensor]]] = {
     "a list": (lambda gradient: [gradient], lambda kept: kept[0]),
 }
 needs_counts = pytest.mark.skipif(
-    ownership._use_count is None, reason="this PyTorch does not tell who holds a tensor"
+    memory._ALONE is None, reason="this PyTorch does not tell who holds a tensor"
 )
 
 
@@ -153,7 +154,7 @@ def test_where_pytorch_does_not_tell_all_is_copied(
 ) -> None:
     torch.manual_seed(0)
     expected = expected_gradients(shape)
-    monkeypatch.setattr(ownership, "_use_count", None)
+    monkeypatch.setattr(memory, "_ALONE", None)
     torch.manual_seed(0)
     params, losses = setting(shape)
     MMParetoOptimizer(torch.optim.SGD(params, lr=0.1)).step(losses=losses)

@@ -54,7 +54,14 @@ def test_pareto_stationary(rows: list[list[float]]) -> None:
 
 
 def test_a_zero_gradient_has_no_cosine() -> None:
-    stats = stats_of([[1.0, 2.0], [0.0, 0.0]])
+    param = nn.Parameter(torch.zeros(2))
+    opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
+    for weight in (1.0, 0.0):
+        opt.zero_grad()
+        opt.backward(
+            {"mm": (param * torch.tensor([1.0, 2.0])).sum(), "audio": weight * param.sum()}
+        )
+    stats = opt.stats["mm+audio"]
     assert math.isnan(float(stats.cosine))
     assert not bool(stats.conflict)
     assert float(stats.scale) == 1

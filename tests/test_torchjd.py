@@ -134,13 +134,25 @@ def test_a_weighting_with_a_memory_serves_one_block() -> None:
             torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-3)
 
 
-def test_a_weighting_with_a_memory_is_refused_for_several_blocks() -> None:
+def test_a_weighting_with_a_memory_has_one_for_each_block() -> None:
     model, batch = LateFusion(), audio_visual_batch()
-    opt = wrapped(model.parameters(), aggregation.GradVacWeighting())
-    for call in (opt.backward, opt.step):
-        with pytest.raises(ValueError, match=r"GradVacWeighting keeps.*'mm\+audio', 'mm\+visual'"):
-            call(losses=model.losses(batch))
-    assert all(param.grad is None for param in model.parameters())
-    both = [*model.audio.parameters(), *model.visual.parameters()]
-    opt.step(losses=model.losses(batch), param_groups_by_modality={"encoders": both})
-    assert list(opt.stats) == ["encoders"]
+    twin = deepcopy(model)
+    weighting = aggregation.GradVacWeighting()
+    opt = wrapped(model.parameters(), weighting)
+    alone = {
+        name: wrapped([*getattr(twin, name).parameters()], aggregation.GradVacWeighting())
+        for name in ("audio", "visual")
+    }
+    for _ in range(3):
+        opt.zero_grad()
+        torch.manual_seed(1)
+        opt.backward(model.losses(batch))
+        for name, single in alone.items():
+            single.zero_grad()
+            torch.manual_seed(1)
+            single.backward(twin.losses(batch))
+            if name == "audio":
+                for found, expected in zip(
+                    model.audio.parameters(), twin.audio.parameters(), strict=True
+                ):
+                    torch.testing.assert_close(found.grad, expected.grad)

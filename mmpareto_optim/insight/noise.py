@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmpareto_optim.gradients import Gradient, check_losses, gradients_of
+from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside
+from mmpareto_optim.gradients.losses import check_losses
+from mmpareto_optim.ground import Gradient
 from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
 from mmpareto_optim.rules import solver_dtype
 
@@ -95,7 +97,8 @@ def gradient_noise(
                     f"batch {number} has losses {list(losses)}, the ones before it "
                     f"{list(samples[0])}: return the same losses for every batch"
                 )
-            samples.append(gradients_of(losses, chosen, lambda param: _describe(model, param)))
+            with grads_set_aside(chosen):
+                samples.append(gradients_of(losses, chosen, lambda p: _describe(model, p)))
     if len(samples) < 2:
         raise ValueError(f"batches has {len(samples)} batches: a covariance takes at least two")
     noise = {}

@@ -1,0 +1,63 @@
+"""Small parts of torch.optim's contract, for an optimizer around a base."""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def of_integrator(name: str) -> Any:
+    """An attribute that the optimizer's integrator holds."""
+
+    def write(self: Any, value: Any) -> None:
+        setattr(self._integrator, name, value)
+
+    return property(lambda self: getattr(self._integrator, name), write)
+
+
+def handing_self(name: str) -> Any:
+    """A method that registers a hook on the base, which is handed the optimizer around it."""
+
+    def register(self: Any, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        def handed_self(_: Any, *given: Any) -> Any:
+            return hook(self, *given)
+
+        return getattr(self.optimizer, name)(handed_self, *args, **options)
+
+    register.__name__ = name
+    register.__doc__ = "As in ``torch.optim``."
+    return register
+
+
+def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_hand: Any) -> None:
+    """Raise TypeError for arguments of ``step`` that do not go together, or with the base."""
+    if closure is not None and not callable(closure):
+        raise TypeError(
+            f"closure must be callable, got {type(closure).__name__}: pass losses by name, as "
+            "in step(losses=...)"
+        )
+    if losses is not None and closure is not None:
+        raise TypeError(
+            "step() takes losses or a closure that returns them, not both; where a framework "
+            "brings a closure of its own (Lightning does), call backward(losses), then step()"
+        )
+    if features is not None and losses is None:
+        raise TypeError(
+            "step() takes features only with losses: a closure computes its own, and calls "
+            "backward(losses, features=...) itself"
+        )
+    if by_hand is not None and losses is None and closure is None:
+        raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
+    if closure is None and _needs_closure(type(base).step):
+        raise TypeError(
+            f"{type(base).__name__} evaluates the losses more than once in a step: "
+            "call step(closure) with a closure that returns the mapping of losses"
+        )
+
+
+@cache
+def _needs_closure(step: Callable[..., Any]) -> bool:
+    closure = inspect.signature(step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,0 +1,195 @@
+"""One gradient for each loss at the parameters, by one ``torch.autograd.grad`` call each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.gradients.graph import edge_of, edges_behind, leaves_of
+from mmpareto_optim.gradients.losses import Losses
+from mmpareto_optim.ground import Describe, Gradient
+
+Differentiate = Callable[..., Gradient]
+"""As :func:`by_autograd`."""
+
+
+def by_autograd(
+    outputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    others: Sequence[Tensor] = (),
+    along: Sequence[Tensor] | None = None,
+    retain_graph: bool,
+) -> Gradient:
+    """The gradient of some outputs, as ``backward`` would leave it in ``.grad``.
+
+    A function whose own backward calls ``backward`` (a reversible layer) accumulates into
+    ``.grad`` of the parameters inside it, which is a part of this gradient that
+    ``torch.autograd.grad`` does not return.
+
+    Args:
+        outputs: what is differentiated.
+        params: leaf tensors and outputs of encoders; no ``.grad`` of theirs may be in the way.
+        others: leaves that are passed through as well, so that no part of the graph is left out.
+        along: gradients at the outputs that are not scalars.
+        retain_graph: whether the graph is needed again.
+    """
+    targets = [*params, *others]
+    if not targets:
+        return []
+    found = torch.autograd.grad(
+        outputs, targets, along, retain_graph=retain_graph, allow_unused=True
+    )
+    gradient: Gradient = list(found[: len(params)])
+    del found
+    for position, param in enumerate(params):
+        if param.is_leaf and param.grad is not None:
+            behind, param.grad = param.grad, None
+            known = gradient[position]
+            gradient[position] = behind if known is None else known + behind
+    return gradient
+
+
+@contextmanager
+def grads_set_aside(params: Sequence[Tensor]) -> Iterator[Gradient]:
+    """No parameter has a ``.grad`` meanwhile; gives those that there were, and puts them back."""
+    before = [param.grad for param in params]
+    try:
+        try:
+            for param, gradient in zip(params, before, strict=True):
+                if gradient is not None:
+                    param.grad = None
+            yield before
+        finally:
+            _put_back(params, before)
+    finally:  # once more, after an interrupt in the middle
+        _put_back(params, before)
+
+
+def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        if param.grad is not gradient:
+            param.grad = gradient
+
+
+class Exact:
+    """The way of the losses' gradients to the parameters themselves."""
+
+    def __init__(self) -> None:
+        self._reached: set[Tensor] = set()
+
+    def rows(
+        self,
+        losses: Losses,
+        params: Sequence[Tensor],
+        describe: Describe,
+        differentiate: Differentiate,
+        *,
+        retain_graph: bool,
+    ) -> dict[str, Gradient]:
+        """Differentiate each loss by the parameters; see :func:`gradients_of`."""
+        others: list[Tensor] = []
+        if not self._reached.issuperset(params):
+            # What autograd does not see may lie inside a function that is on the way to another
+            # leaf alone. The walk costs as much as a small backward; not where all is seen.
+            others = leaves_not_among(params, losses)
+        rows = gradients_of(
+            losses, params, describe, differentiate, others=others, retain_graph=retain_graph
+        )
+        self._reached = {
+            param
+            for position, param in enumerate(params)
+            if any(row[position] is not None for row in rows.values())
+        }
+        return rows
+
+
+def leaves_not_among(params: Sequence[Tensor], losses: Losses) -> list[Tensor]:
+    """The leaves behind some losses that are not among the parameters."""
+    return list(leaves_of(edges_behind(map(edge_of, losses.values()))) - set(params))
+
+
+def gradients_of(
+    losses: Mapping[str, Tensor],
+    params: Sequence[Tensor],
+    describe: Describe,
+    differentiate: Differentiate = by_autograd,
+    *,
+    others: Sequence[Tensor] = (),
+    retain_graph: bool = False,
+) -> dict[str, Gradient]:
+    """Differentiate each loss by the parameters.
+
+    Args:
+        losses: scalars with a graph. What the first one reaches is freed; what only others
+            reach lives until the losses do. Put the joint loss first.
+        params: leaf tensors that require a gradient, and outputs of encoders.
+        describe: a parameter's name for error messages.
+        differentiate: how the gradient of one loss is found.
+        others: as for :func:`by_autograd`.
+        retain_graph: whether the graph is needed again after the last loss.
+
+    Returns:
+        For each loss one gradient for each parameter. These tensors may share memory with
+        others that autograd handed out: they are to be read, not written.
+
+    Raises:
+        RuntimeError: a loss's graph was freed before, goes through
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``, or was compiled for a single
+            backward pass; names the loss.
+        TypeError: a gradient is sparse; names the loss and the parameter.
+    """
+    names = list(losses)
+    found = {}
+    # Backwards, because the pass that frees the graph should be the one that reaches most of
+    # it, and the joint loss is usually named first.
+    for name in reversed(names):
+        with naming(f"loss {name!r}"):
+            found[name] = differentiate(
+                [losses[name]],
+                params,
+                others=others,
+                retain_graph=retain_graph or name != names[0],
+            )
+        for param, gradient in zip(params, found[name], strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise TypeError(
+                    f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
+                    "gradients can be integrated: build the embedding with sparse=False"
+                )
+    return {name: found[name] for name in names}
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Errors of autograd that name what is differentiated, and the mend."""
+    try:
+        yield
+    except RuntimeError as error:
+        mend = _mend_of(str(error))
+        if mend is None:
+            raise
+        raise RuntimeError(f"{what}{mend}") from error
+
+
+def _mend_of(error: str) -> str | None:
+    mends: dict[str, Any] = {
+        "second time": (
+            ": its graph has been freed by an earlier backward. Compute the losses anew with a "
+            "forward pass before each backward() or step(losses=...), or pass retain_graph=True "
+            "to the backward before"
+        ),
+        "use_reentrant=True": (
+            " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "
+            "be differentiated one loss at a time: pass use_reentrant=False (Hugging Face: "
+            "gradient_checkpointing_kwargs={'use_reentrant': False})"
+        ),
+        "donated buffer": (
+            " goes through a region that torch.compile compiled for a single backward pass, and "
+            "each loss takes one: set torch._functorch.config.donated_buffer = False before the "
+            "first backward"
+        ),
+    }
+    return next((mend for sign, mend in mends.items() if sign in error), None)

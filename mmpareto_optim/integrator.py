@@ -1,0 +1,328 @@
+"""One backward: losses in, integrated gradients in ``.grad``."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.blocks import Block, Reach, blocks_of
+from mmpareto_optim.flat.memory import secured, total_of
+from mmpareto_optim.gradients.exact import Exact, grads_set_aside
+from mmpareto_optim.gradients.features import AtFeatures, Features, check_features
+from mmpareto_optim.gradients.losses import Losses, check_losses
+from mmpareto_optim.ground import Gradient, Gradients
+from mmpareto_optim.groups import as_groups
+from mmpareto_optim.integration import Integrated, Integration, Method, constants_of
+from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
+from mmpareto_optim.parallel.alone import Alone
+from mmpareto_optim.parallel.choice import Choice, check_member
+from mmpareto_optim.report import AtFeatures as Seen
+from mmpareto_optim.report import Blocks, block_table, describe
+from mmpareto_optim.rules import NAMES, Rule, check_gamma
+from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.window import Window
+
+if TYPE_CHECKING:  # not in every build
+    from torch.distributed import ProcessGroup
+
+
+class GradientIntegrator:
+    """Fills ``.grad`` with gradients common to several losses, as ``Tensor.backward`` fills it.
+
+    For who steps by himself: several optimizers on one graph, a trainer that owns the step.
+    :class:`MMParetoOptimizer` is an optimizer around it, and says what the arguments are::
+
+        integrator = GradientIntegrator(model.parameters())
+        integrator.zero_grad()
+        integrator.backward({"mm": loss, "audio": audio_loss, "visual": visual_loss})
+        muon.step()
+        adamw.step()
+
+    Args:
+        params: as ``torch.optim`` takes them: tensors, ``(name, tensor)`` pairs, or dicts with
+            either as ``"params"``.
+        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so all that follows.
+        integration: as said.
+        gamma: as said.
+        rescale: as said.
+        process_group: as said.
+        average_gradients: as said.
+
+    Attributes:
+        param_groups: the parameters, in dicts as ``torch.optim`` has them.
+        integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
+        stats: for each block of two or more objectives a :class:`BlockStats` of the last
+            integration, by the block's name: the modality, or the names of the losses that
+            reach it joined by ``+``.
+
+    Raises:
+        TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
+        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+            parameter in two modalities, or one that ``params`` does not hold; a
+            ``process_group`` that this process is not in, or with ``average_gradients=False``.
+    """
+
+    stats: dict[str, BlockStats]
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+        *,
+        integration: Integration = "mmpareto",
+        gamma: float | None = None,
+        rescale: Literal["encoder", "tensor"] = "encoder",
+        process_group: "ProcessGroup | None" = None,
+        average_gradients: bool = True,
+    ) -> None:
+        if not callable(integration) and integration not in NAMES:
+            names = ", ".join(f'"{name}"' for name in NAMES)
+            raise ValueError(
+                f"integration must be {names} or a function from a Gram "
+                f"matrix to coefficients, got {integration!r}"
+            )
+        if rescale not in ("encoder", "tensor"):
+            raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
+        if gamma is not None:
+            check_gamma(gamma)
+        check_member(process_group, average_gradients)
+        self.param_groups = as_groups(params)
+        self.integration = integration
+        self.gamma = gamma
+        self.rescale = rescale
+        self._copies: dict[str, Rule] = {}
+        self._choice = Choice(process_group, average_gradients)
+        self._modalities: Modalities | None = None
+        if param_groups_by_modality is not None:
+            self._modalities = parameters_by_modality(param_groups_by_modality)
+            check_held(self._modalities, self._held())
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the last steps: what has accumulated and what the losses have reached."""
+        self.stats = {}
+        self._reach = Reach()
+        self._exact = Exact()
+        self._window: Window | None = None
+        self._seen: tuple[Sequence[Tensor], Sequence[Block], Seen] = ((), (), Seen())
+
+    def end_window(self) -> None:
+        """What comes next starts anew, and is added to what is in ``.grad``."""
+        self._window = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what has accumulated."""
+        self.end_window()
+        for param in self._held():
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad = torch.zeros_like(param.grad)
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        features: Features | None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """As :meth:`MMParetoOptimizer.backward`."""
+        self.integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
+
+    def integrate(
+        self,
+        losses: Losses,
+        features: Features | None = None,
+        param_groups_by_modality: Mapping[str, Any] | None = None,
+        retain_graph: bool = False,
+        *,
+        keep: bool,
+    ) -> None:
+        """:meth:`backward`; without ``keep`` for a step that follows, after which nothing adds up.
+
+        Where ``torch.compile`` traces the step around it, the graph is broken here.
+        """
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(self._integrate)
+        else:
+            run = self._integrate
+        run(losses, features, param_groups_by_modality, retain_graph, keep)
+
+    def _integrate(
+        self,
+        losses: Losses,
+        features: Features | None,
+        by_hand: Mapping[str, Any] | None,
+        retain_graph: bool,
+        keep: bool,
+    ) -> None:
+        params = self._trainable()
+        processes = self._choice.of(params)
+        with processes.failing_together():
+            check_losses(losses)
+            modalities = self._checked_modalities(by_hand)
+            self._check_features(features, processes)
+            constants = constants_of(params, self._method(), modalities, features)
+            with grads_set_aside(params) as foreign:
+                found, at_features = self._differentiated(
+                    losses, features, params, processes, constants, retain_graph
+                )
+        with torch.no_grad():
+            if keep:
+                for gradient in (*found.rows.values(), found.plain):
+                    secured(gradient)
+            found = processes.averaged(found, params, constants)
+            window = Window(params, found, foreign)
+            # Until the new one is complete there is none: whatever raises below (a rule of
+            # the user's, say) leaves .grad as it is and ends the accumulation.
+            earlier, self._window = self._window, None
+            if earlier is not None:
+                window.extend(earlier, processes.on_all)
+            rows = window.found.rows
+            reached = self._reach.of(rows, params, processes.largest)
+            blocks = blocks_of(reached, params, modalities, rows)
+            integrated = Integrated(
+                blocks, params, rows, self._method(), processes, processes.grams, keep=keep
+            )
+            once_more = partial(_with_plain, integrated, params, window.found.plain)
+            window.write(once_more(), once_more if keep else None)
+        self.stats = at_features.stats | integrated.stats()
+        self._seen = (params, blocks, at_features)
+        self._window = window if keep else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._choice.process_group is not None:
+            raise TypeError(
+                "a process group cannot be copied or pickled, nor can what holds one: save the "
+                "optimizer's state_dict(), and build it anew"
+            )
+        kept = ("param_groups", "integration", "gamma", "rescale", "_copies", "_modalities")
+        state = {name: self.__dict__[name] for name in kept}
+        return {**state, "_average_gradients": self._choice.average_gradients}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._choice = Choice(None, state.pop("_average_gradients"))
+        self.__dict__.update(state)
+        self.forget()
+
+    @property
+    def blocks(self) -> Blocks:
+        """What the last backward found to be one block; printing it is a table.
+
+        For each block its objectives and parameters, heads included; empty before the first
+        backward.
+        """
+        return block_table(*self._seen, self.param_groups)
+
+    @property
+    def settings(self) -> str:
+        """What was chosen, for a printed optimizer."""
+        method = self._method()
+        integration = getattr(method.integration, "__name__", method.integration)
+        settings = f"integration={integration!r}"
+        if not callable(method.integration):
+            settings += f", gamma={method.factor}"
+        if method.integration == "mmpareto":
+            settings += f", rescale={method.rescale!r}"
+        blocks = "found by reach" if self._modalities is None else ", ".join(self._modalities)
+        return f"{settings}\n    blocks: {blocks}"
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a loss over the processes that integrate as one."""
+        return self._choice.of(self._trainable()).mean(value)
+
+    def _differentiated(
+        self,
+        losses: Losses,
+        features: Features | None,
+        params: Sequence[Tensor],
+        processes: Alone,
+        constants: Any,
+        retain_graph: bool,
+    ) -> tuple[Gradients, Seen]:
+        """Each loss's gradient on this process, and what was integrated at features."""
+        seen = Seen()
+        if features is None:
+            processes.agree(losses, constants)
+            way = processes.differentiate
+            rows = self._exact.rows(losses, params, self._describe, way, retain_graph=retain_graph)
+            return Gradients(rows, [None] * len(params)), seen
+        through = AtFeatures(losses, features, params, self._describe)
+        seen.behind = through.behind
+        integrate_at = partial(self._integrated_at, seen, processes, constants)
+        return through.gradients(integrate_at, retain_graph=retain_graph), seen
+
+    @torch.no_grad()
+    def _integrated_at(
+        self,
+        seen: Seen,
+        processes: Alone,
+        constants: Any,
+        features: Features,
+        rows: dict[str, Gradient],
+    ) -> list[Tensor]:
+        """One gradient for each feature, each a block of its own."""
+        outputs = [feature.detach() for feature in features.values()]
+        rows = processes.united(rows, outputs, constants)
+        for position, name in enumerate(features):
+            if all(row[position] is None for row in rows.values()):
+                raise ValueError(
+                    f"no loss reaches feature {name!r}: give the very tensor that the heads are "
+                    "called with, or leave it out"
+                )
+        reached = self._reach.of(rows, list(features), processes.largest_at_features)
+        blocks = [
+            Block(name, reached[position], (position,), by_hand=True)
+            for position, name in enumerate(features)
+        ]
+        grams = processes.grams_at_features
+        integrated = Integrated(blocks, outputs, rows, self._method(), processes, grams, keep=False)
+        found = integrated.gradients()
+        seen.stats = integrated.stats()
+        seen.objectives = {block.name: block.objectives for block in blocks}
+        return [found[position] for position in range(len(outputs))]
+
+    def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
+        modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)
+        if modalities is not None:
+            check_held(modalities, self._held())
+        return modalities
+
+    def _check_features(self, features: Features | None, processes: Alone) -> None:
+        processes.check_method(self._method().by_tensor, features is not None)
+        if features is None:
+            return
+        check_features(features)
+        if self._method().by_tensor:
+            raise ValueError(
+                'rescale="tensor" stretches the gradients of parameter tensors one by one, '
+                'and features are integrated before there are any: use rescale="encoder"'
+            )
+
+    def _method(self) -> Method:
+        return Method(self.integration, self.gamma, self.rescale, self._copies)
+
+    def _held(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _trainable(self) -> list[Tensor]:
+        # A parameter that is listed twice counts once.
+        return [param for param in dict.fromkeys(self._held()) if param.requires_grad]
+
+    def _describe(self, wanted: Tensor) -> str:
+        return describe(wanted, self.param_groups)
+
+
+def _with_plain(
+    integrated: Integrated, params: Sequence[Tensor], plain: Gradient
+) -> dict[int, Tensor]:
+    """Integrated gradients, and what is added as it is: those that were integrated at features."""
+    gradients = integrated.gradients()
+    for position, piece in enumerate(plain):
+        if piece is not None:
+            pieces = [piece, gradients[position]] if position in gradients else [piece]
+            gradients[position] = total_of(pieces, params[position])
+    return gradients

@@ -1,0 +1,87 @@
+"""One process: the methods of the other ways, with nothing to agree on."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from mmpareto_optim.blocks import largest_of, numbers_of
+from mmpareto_optim.flat.block import FlatBlock
+from mmpareto_optim.gradients.exact import Differentiate, by_autograd
+from mmpareto_optim.ground import Gradient, Gradients
+
+
+class Alone:
+    """A process that trains a model of its own."""
+
+    differentiate: Differentiate = staticmethod(by_autograd)
+    """How a loss's gradient at the parameters is found on this process."""
+
+    def failing_together(self) -> AbstractContextManager[None]:
+        """An error in here becomes one on all processes."""
+        return nullcontext()
+
+    def agree(self, losses: Iterable[str], constants: Any) -> None:
+        """Raise if differentiating is itself collective, and not all are about to do the same."""
+
+    def check_method(self, by_tensor: bool, at_features: bool) -> None:
+        """Raise if gradients cannot be stretched by tensor, or integrated at features."""
+
+    def averaged(self, found: Gradients, params: Sequence[Tensor], constants: Any) -> Gradients:
+        """The gradients of the whole batch.
+
+        Args:
+            found: those of this process's share.
+            params: the parameters.
+            constants: by name, what must be alike on all processes.
+        """
+        return found
+
+    def united(
+        self, rows: dict[str, Gradient], features: Sequence[Tensor], constants: Any
+    ) -> dict[str, Gradient]:
+        """Gradients at features, of this process's examples, for each loss of any process."""
+        return rows
+
+    def largest(self, tensors: Sequence[Tensor]) -> list[float]:
+        """The largest absolute value of each of some gradients, on the host."""
+        return numbers_of(largest_of(tensors))
+
+    def largest_at_features(self, tensors: Sequence[Tensor]) -> list[float]:
+        """As :meth:`largest`, of gradients that each process has for its examples."""
+        return self.largest(tensors)
+
+    def on_all(self, facts: Sequence[bool | Tensor]) -> Sequence[bool | Tensor]:
+        """Whether something holds on all processes that share a parameter."""
+        return facts
+
+    def flat(
+        self, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
+    ) -> Any:
+        """The rows of a block: a :class:`FlatBlock`, or what has its methods."""
+        return FlatBlock(params, rows, keep=keep)
+
+    def grams(self, flats: Sequence[Any]) -> list[Tensor]:
+        """Gram matrices of blocks of parameters."""
+        return [flat.gram() for flat in flats]
+
+    def grams_at_features(self, flats: Sequence[Any]) -> list[Tensor]:
+        """Gram matrices of gradients at features, which each process has for its examples."""
+        return [flat.gram() for flat in flats]
+
+    def own_part(self, param: Tensor) -> Tensor:
+        """What this process holds of a parameter."""
+        return param
+
+    def whole(self, param: Tensor, part: Tensor) -> Tensor:
+        """What ``.grad`` of a parameter is made of the part that this process holds."""
+        return part
+
+    def same(self, value: Tensor) -> Tensor:
+        """What one process found, for all: a function of the user's may be random."""
+        return value
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        return value

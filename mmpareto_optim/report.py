@@ -1,0 +1,126 @@
+"""What the user is told of blocks and parameters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mmpareto_optim.blocks import Block
+from mmpareto_optim.stats import BlockStats
+
+SHOWN = 4
+"""Parameters of a block that are listed by name in a table."""
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """One block of the last backward.
+
+    Attributes:
+        name: as in ``stats``: the modality or feature, or the objectives joined by ``+``.
+        objectives: names of the losses that reach it.
+        parameters: their names, or their places in ``param_groups`` and shapes.
+        numbers: how many numbers they have together.
+        integrated: whether a rule decided the coefficients; otherwise gradients were added.
+    """
+
+    name: str
+    objectives: tuple[str, ...]
+    parameters: tuple[str, ...]
+    numbers: int
+    integrated: bool
+
+
+class Blocks(tuple[BlockInfo, ...]):
+    """The blocks of the last backward; printed as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("block", "losses", "numbers", "", "parameters")
+        lines = [head, *(_line(block) for block in self)]
+        widths = [max(len(line[column]) for line in lines) for column in range(4)]
+        return "\n".join(
+            "  ".join([*map(str.ljust, line[:4], widths), line[4]]).rstrip() for line in lines
+        )
+
+
+@dataclass
+class AtFeatures:
+    """What was integrated at features, by the feature's name.
+
+    Attributes:
+        stats: of each feature that two or more losses reach.
+        objectives: names of the losses that reach it.
+        behind: the leaves that it is computed from.
+    """
+
+    stats: dict[str, BlockStats] = field(default_factory=dict)
+    objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    behind: Mapping[str, set[Tensor]] = field(default_factory=dict)
+
+
+def block_table(
+    params: Sequence[Tensor],
+    blocks: Sequence[Block],
+    at_features: AtFeatures,
+    groups: Sequence[Mapping[str, Any]],
+) -> Blocks:
+    """The blocks of a backward.
+
+    Args:
+        params: its parameters.
+        blocks: those at parameters.
+        at_features: what was integrated at features.
+        groups: dicts as ``torch.optim`` has them, which hold the parameters.
+    """
+    found = []
+    for name, leaves in at_features.behind.items():
+        members = [param for param in params if param in leaves]
+        objectives = at_features.objectives[name]
+        found.append(_info(name, objectives, members, groups, integrated=len(objectives) > 1))
+    for block in blocks:
+        members = [params[position] for position in block.positions]
+        found.append(
+            _info(block.name, block.objectives, members, groups, integrated=block.integrated)
+        )
+    return Blocks(found)
+
+
+def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+    """A parameter's name for error messages, or where it stands."""
+    number, index, group = next(
+        (number, index, group)
+        for number, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+        if param is wanted
+    )
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+
+
+def _info(
+    name: str,
+    objectives: tuple[str, ...],
+    members: Sequence[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    *,
+    integrated: bool,
+) -> BlockInfo:
+    short = [describe(param, groups).removeprefix("parameter ").strip("'") for param in members]
+    numbers = sum(param.numel() for param in members)
+    return BlockInfo(name, objectives, tuple(short), numbers, integrated)
+
+
+def _line(block: BlockInfo) -> tuple[str, ...]:
+    listed = ", ".join(block.parameters[:SHOWN])
+    more = len(block.parameters) - SHOWN
+    return (
+        block.name,
+        ", ".join(map(str, block.objectives)),
+        f"{block.numbers:,}",
+        "integrated" if block.integrated else "added",
+        f"{listed} and {more} more" if more > 0 else listed,
+    )

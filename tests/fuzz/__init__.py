@@ -1,0 +1,1 @@
+"""A differential fuzzer: random models through the library and through a slow reference."""
