@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import Block, Reach, blocks_of
 from mmpareto_optim.flat.memory import secured, total_of
-from mmpareto_optim.gradients.exact import Exact, grads_set_aside
+from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside, leaves_not_among
 from mmpareto_optim.gradients.features import AtFeatures, Features, check_features
 from mmpareto_optim.gradients.losses import Losses, check_losses
 from mmpareto_optim.ground import Gradient, Gradients
@@ -104,7 +104,6 @@ class GradientIntegrator:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.stats = {}
         self._reach = Reach()
-        self._exact = Exact()
         self._window: Window | None = None
         self._seen: tuple[Sequence[Tensor], Sequence[Block], Seen] = ((), (), Seen())
 
@@ -247,8 +246,14 @@ class GradientIntegrator:
         seen = Seen()
         if features is None:
             processes.agree(losses, constants)
-            way = processes.differentiate
-            rows = self._exact.rows(losses, params, self._describe, way, retain_graph=retain_graph)
+            rows = gradients_of(
+                losses,
+                params,
+                self._describe,
+                processes.differentiate,
+                others=leaves_not_among(params, losses),
+                retain_graph=retain_graph,
+            )
             return Gradients(rows, [None] * len(params)), seen
         through = AtFeatures(losses, features, params, self._describe)
         seen.behind = through.behind

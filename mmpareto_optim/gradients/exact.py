@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpareto_optim.gradients.graph import edge_of, edges_behind, leaves_of
+from mmpareto_optim.gradients.graph import leaves_behind
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Describe, Gradient
 
@@ -74,41 +74,14 @@ def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
             param.grad = gradient
 
 
-class Exact:
-    """The way of the losses' gradients to the parameters themselves."""
-
-    def __init__(self) -> None:
-        self._reached: set[Tensor] = set()
-
-    def rows(
-        self,
-        losses: Losses,
-        params: Sequence[Tensor],
-        describe: Describe,
-        differentiate: Differentiate,
-        *,
-        retain_graph: bool,
-    ) -> dict[str, Gradient]:
-        """Differentiate each loss by the parameters; see :func:`gradients_of`."""
-        others: list[Tensor] = []
-        if not self._reached.issuperset(params):
-            # What autograd does not see may lie inside a function that is on the way to another
-            # leaf alone. The walk costs as much as a small backward; not where all is seen.
-            others = leaves_not_among(params, losses)
-        rows = gradients_of(
-            losses, params, describe, differentiate, others=others, retain_graph=retain_graph
-        )
-        self._reached = {
-            param
-            for position, param in enumerate(params)
-            if any(row[position] is not None for row in rows.values())
-        }
-        return rows
-
-
 def leaves_not_among(params: Sequence[Tensor], losses: Losses) -> list[Tensor]:
-    """The leaves behind some losses that are not among the parameters."""
-    return list(leaves_of(edges_behind(map(edge_of, losses.values()))) - set(params))
+    """The leaves behind some losses that are not among the parameters.
+
+    Autograd leaves out what leads to nothing that it is asked for. A function that calls
+    ``backward`` on parameters inside it may be on the way to another leaf alone. That can change
+    from step to step, so the graph is walked in each: a hundredth of a backward or so.
+    """
+    return list(leaves_behind(losses.values()).difference(params))
 
 
 def gradients_of(

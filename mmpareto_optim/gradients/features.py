@@ -69,7 +69,7 @@ class AtFeatures:
         self._features = features
         self._params = params
         self._describe = describe
-        self.behind = leaves_behind(features)
+        self.behind = leaves_by_feature(features)
         stops = {edge_of(feature) for feature in features.values()}
         before = leaves_of(edges_behind(map(edge_of, losses.values()), stops))
         every = set[Tensor]().union(*self.behind.values())
@@ -134,7 +134,7 @@ class AtFeatures:
                 )
 
 
-def leaves_behind(features: Features) -> dict[str, set[Tensor]]:
+def leaves_by_feature(features: Features) -> dict[str, set[Tensor]]:
     """For each feature the leaves that it is computed from."""
     names: dict[Edge, str] = {edge_of(feature): name for name, feature in features.items()}
     if len(names) < len(features):

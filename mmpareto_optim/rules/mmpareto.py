@@ -94,7 +94,7 @@ def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float, written: float 
         error = 2 * eps + written
         one, other = _of_two(first, cross, second, error, sys.float_info.min, _Floats)
         one, other = gamma * one, gamma * other
-    return torch.tensor([one, other], dtype=gram.dtype)
+    return torch.tensor([one, other], dtype=gram.dtype, device=gram.device)
 
 
 def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
