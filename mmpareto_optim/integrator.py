@@ -186,7 +186,7 @@ class GradientIntegrator:
             integrated = Integrated(
                 blocks, params, rows, self._method(), processes, processes.grams, keep=keep
             )
-            once_more = partial(_with_plain, integrated, params, window.found.plain)
+            once_more = partial(_with_plain, integrated, params, window.found.plain, keep)
             window.write(once_more(), once_more if keep else None)
         self.stats = at_features.stats | integrated.stats()
         self._seen = (params, blocks, at_features)
@@ -322,12 +322,16 @@ class GradientIntegrator:
 
 
 def _with_plain(
-    integrated: Integrated, params: Sequence[Tensor], plain: Gradient
+    integrated: Integrated, params: Sequence[Tensor], plain: Gradient, keep: bool
 ) -> dict[int, Tensor]:
     """Integrated gradients, and what is added as it is: those that were integrated at features."""
     gradients = integrated.gradients()
-    for position, piece in enumerate(plain):
-        if piece is not None:
-            pieces = [piece, gradients[position]] if position in gradients else [piece]
-            gradients[position] = total_of(pieces, params[position])
+    for position, param in enumerate(params):
+        pieces = [
+            piece for piece in (plain[position], gradients.get(position)) if piece is not None
+        ]
+        if plain[position] is not None:
+            if not keep:
+                plain[position] = None  # its memory is free for the sum
+            gradients[position] = total_of(pieces, param)
     return gradients

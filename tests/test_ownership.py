@@ -211,3 +211,16 @@ def test_a_storage_that_a_hook_keeps_stays_as_it_is() -> None:
     for param in params:
         assert param.grad is not None
         assert param.grad.data_ptr() not in places
+
+
+@needs_counts
+def test_gradients_behind_a_feature_are_not_copied() -> None:
+    encoder, head = nn.Linear(300, 300), nn.Linear(300, 2)
+    places = []
+    encoder.weight.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    opt = MMParetoOptimizer(torch.optim.SGD([*encoder.parameters(), *head.parameters()], lr=0.1))
+    z = encoder(torch.randn(4, 300)).tanh()
+    out = head(z)
+    opt.step(losses={"a": out[:, 0].mean(), "b": out[:, 1].square().mean()}, features={"z": z})
+    assert encoder.weight.grad is not None
+    assert [encoder.weight.grad.data_ptr()] == places
