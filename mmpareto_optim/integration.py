@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.flat.memory import total_of
-from mmpareto_optim.ground import Gradient
+from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.rules import (
@@ -81,11 +81,12 @@ class Integrated:
     Args:
         blocks: groups of parameters.
         params: all parameters, which the positions of a block count.
-        rows: for each objective its gradient, one tensor or None for each of ``params``.
+        found: for each objective its gradient, one tensor or None for each of ``params``, and what
+            is added to the result as it is.
         method: how blocks are integrated.
         processes: how several processes do it as one.
         grams: from the rows of blocks to their Gram matrices.
-        keep: whether ``rows`` are needed afterwards; otherwise they are emptied.
+        keep: whether ``found`` is needed afterwards; otherwise it is emptied.
 
     Raises:
         ValueError: an integration function of the user's returns another shape.
@@ -95,7 +96,7 @@ class Integrated:
         self,
         blocks: Sequence[Block],
         params: Sequence[Tensor],
-        rows: Mapping[str, Gradient],
+        found: Gradients,
         method: Method,
         processes: Alone,
         grams: Callable[[Sequence[Any]], Sequence[Tensor]],
@@ -104,7 +105,8 @@ class Integrated:
     ) -> None:
         self._blocks = [block for block in blocks if block.integrated]
         self._params = params
-        self._rows = rows
+        self._rows = found.rows
+        self._plain = found.plain
         self._method = method
         self._processes = processes
         self._keep = keep
@@ -119,7 +121,7 @@ class Integrated:
     def gradients(self) -> dict[int, Tensor]:
         """One new tensor in the parameter's shape for each position that has a gradient.
 
-        Called again, the same gradients are computed again, if ``rows`` were kept.
+        Called again, the same gradients are computed again, if what was found is kept.
         """
         flats = self._flattened() if self._flats is None else self._flats
         self._flats = None
@@ -168,9 +170,10 @@ class Integrated:
     def _not_integrated(self, position: int, objectives: Sequence[str]) -> list[Tensor]:
         """What is added as it is: heads, and gradients that have been zero so far."""
         pieces = []
-        for name, row in self._rows.items():
+        added = [row for name, row in self._rows.items() if name not in objectives]
+        for row in (*added, self._plain):
             gradient = row[position]
-            if gradient is not None and name not in objectives:
+            if gradient is not None:
                 pieces.append(gradient)
                 if not self._keep:
                     row[position] = None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block, Reach, blocks_of
-from mmpareto_optim.flat.memory import secured, total_of
+from mmpareto_optim.flat.memory import secured
 from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside, leaves_not_among
 from mmpareto_optim.gradients.features import AtFeatures, Features, check_features
 from mmpareto_optim.gradients.losses import Losses, check_losses
@@ -19,7 +19,7 @@ from mmpareto_optim.modalities import Modalities, check_held, parameters_by_moda
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.choice import Choice, check_member
 from mmpareto_optim.report import AtFeatures as Seen
-from mmpareto_optim.report import Blocks, block_table, describe
+from mmpareto_optim.report import Blocks, block_table, describe, settings_of
 from mmpareto_optim.rules import NAMES, Rule, check_gamma
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.window import Window
@@ -163,7 +163,9 @@ class GradientIntegrator:
         with processes.failing_together():
             check_losses(losses)
             modalities = self._checked_modalities(by_hand)
-            self._check_features(features, processes)
+            processes.check_method(self._method().by_tensor, features is not None)
+            if features is not None:
+                check_features(features)
             constants = constants_of(params, self._method(), modalities, features)
             with grads_set_aside(params) as foreign:
                 found, at_features = self._differentiated(
@@ -180,14 +182,13 @@ class GradientIntegrator:
             earlier, self._window = self._window, None
             if earlier is not None:
                 window.extend(earlier, processes.on_all)
-            rows = window.found.rows
-            reached = self._reach.of(rows, params, processes.largest)
-            blocks = blocks_of(reached, params, modalities, rows)
+            reached = self._reach.of(window.found.rows, params, processes.largest)
+            blocks = blocks_of(reached, params, modalities, window.found.rows)
+            grams = processes.grams
             integrated = Integrated(
-                blocks, params, rows, self._method(), processes, processes.grams, keep=keep
+                blocks, params, window.found, self._method(), processes, grams, keep=keep
             )
-            once_more = partial(_with_plain, integrated, params, window.found.plain, keep)
-            window.write(once_more(), once_more if keep else None)
+            window.write(integrated.gradients(), integrated.gradients if keep else None)
         self.stats = at_features.stats | integrated.stats()
         self._seen = (params, blocks, at_features)
         self._window = window if keep else None
@@ -219,15 +220,7 @@ class GradientIntegrator:
     @property
     def settings(self) -> str:
         """What was chosen, for a printed optimizer."""
-        method = self._method()
-        integration = getattr(method.integration, "__name__", method.integration)
-        settings = f"integration={integration!r}"
-        if not callable(method.integration):
-            settings += f", gamma={method.factor}"
-        if method.integration == "mmpareto":
-            settings += f", rescale={method.rescale!r}"
-        blocks = "found by reach" if self._modalities is None else ", ".join(self._modalities)
-        return f"{settings}\n    blocks: {blocks}"
+        return settings_of(self._method(), self._modalities)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a loss over the processes that integrate as one."""
@@ -284,28 +277,20 @@ class GradientIntegrator:
             for position, name in enumerate(features)
         ]
         grams = processes.grams_at_features
-        integrated = Integrated(blocks, outputs, rows, self._method(), processes, grams, keep=False)
-        found = integrated.gradients()
+        found = Gradients(rows, [None] * len(outputs))
+        integrated = Integrated(
+            blocks, outputs, found, self._method(), processes, grams, keep=False
+        )
+        gradients = integrated.gradients()
         seen.stats = integrated.stats()
         seen.objectives = {block.name: block.objectives for block in blocks}
-        return [found[position] for position in range(len(outputs))]
+        return [gradients[position] for position in range(len(outputs))]
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)
         if modalities is not None:
             check_held(modalities, self._held())
         return modalities
-
-    def _check_features(self, features: Features | None, processes: Alone) -> None:
-        processes.check_method(self._method().by_tensor, features is not None)
-        if features is None:
-            return
-        check_features(features)
-        if self._method().by_tensor:
-            raise ValueError(
-                'rescale="tensor" stretches the gradients of parameter tensors one by one, '
-                'and features are integrated before there are any: use rescale="encoder"'
-            )
 
     def _method(self) -> Method:
         return Method(self.integration, self.gamma, self.rescale, self._copies)
@@ -319,19 +304,3 @@ class GradientIntegrator:
 
     def _describe(self, wanted: Tensor) -> str:
         return describe(wanted, self.param_groups)
-
-
-def _with_plain(
-    integrated: Integrated, params: Sequence[Tensor], plain: Gradient, keep: bool
-) -> dict[int, Tensor]:
-    """Integrated gradients, and what is added as it is: those that were integrated at features."""
-    gradients = integrated.gradients()
-    for position, param in enumerate(params):
-        pieces = [
-            piece for piece in (plain[position], gradients.get(position)) if piece is not None
-        ]
-        if plain[position] is not None:
-            if not keep:
-                plain[position] = None  # its memory is free for the sum
-            gradients[position] = total_of(pieces, param)
-    return gradients

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmpareto_optim.blocks import Block
+from mmpareto_optim.integration import Method
+from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.stats import BlockStats
 
 SHOWN = 4
@@ -86,6 +88,18 @@ def block_table(
             _info(block.name, block.objectives, members, groups, integrated=block.integrated)
         )
     return Blocks(found)
+
+
+def settings_of(method: Method, modalities: Modalities | None) -> str:
+    """What was chosen, for a printed optimizer."""
+    integration = getattr(method.integration, "__name__", method.integration)
+    settings = f"integration={integration!r}"
+    if not callable(method.integration):
+        settings += f", gamma={method.factor}"
+    if method.integration == "mmpareto":
+        settings += f", rescale={method.rescale!r}"
+    blocks = "found by reach" if modalities is None else ", ".join(modalities)
+    return f"{settings}\n    blocks: {blocks}"
 
 
 def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:

@@ -27,6 +27,11 @@ class Alone:
 
     def check_method(self, by_tensor: bool, at_features: bool) -> None:
         """Raise if gradients cannot be stretched by tensor, or integrated at features."""
+        if by_tensor and at_features:
+            raise ValueError(
+                'rescale="tensor" stretches the gradients of parameter tensors one by one, '
+                'and features are integrated before there are any: use rescale="encoder"'
+            )
 
     def averaged(self, found: Gradients, params: Sequence[Tensor], constants: Any) -> Gradients:
         """The gradients of the whole batch.
