@@ -7,10 +7,13 @@ from mmpareto_optim.insight.recorder import ConflictRecorder
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.rules import (
+    config_coefficients,
+    dualproj_coefficients,
     min_norm_weights,
     mmpareto_coefficients,
     pareto_coefficients,
     uniform_coefficients,
+    upgrad_coefficients,
 )
 from mmpareto_optim.stats import BlockStats
 
@@ -23,6 +26,8 @@ __all__ = [
     "GradientNoise",
     "LossSlices",
     "MMParetoOptimizer",
+    "config_coefficients",
+    "dualproj_coefficients",
     "gradient_noise",
     "loss_slices",
     "min_norm_weights",
@@ -31,4 +36,5 @@ __all__ = [
     "plot_conflict",
     "plot_slices",
     "uniform_coefficients",
+    "upgrad_coefficients",
 ]

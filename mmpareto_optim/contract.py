@@ -50,7 +50,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
         )
     if by_hand is not None and losses is None and closure is None:
         raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
-    if closure is None and _needs_closure(type(base).step):
+    if closure is None and needs_closure(type(base).step):
         raise TypeError(
             f"{type(base).__name__} evaluates the losses more than once in a step: "
             "call step(closure) with a closure that returns the mapping of losses"
@@ -58,6 +58,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
 
 
 @cache
-def _needs_closure(step: Callable[..., Any]) -> bool:
+def needs_closure(step: Callable[..., Any]) -> bool:
+    """Whether an optimizer's ``step`` cannot do without a closure."""
     closure = inspect.signature(step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty

@@ -1,15 +1,16 @@
 """One backward: losses in, integrated gradients in ``.grad``."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpareto_optim.blocks import Block, Reach, blocks_of
 from mmpareto_optim.flat.memory import secured
-from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside, leaves_not_among
+from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside
 from mmpareto_optim.gradients.features import AtFeatures, Features, check_features
 from mmpareto_optim.gradients.losses import Losses, check_losses
 from mmpareto_optim.ground import Gradient, Gradients
@@ -52,6 +53,7 @@ class GradientIntegrator:
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
+        has_integrated: whether there has been a backward.
         integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
             integration, by the block's name: the modality, or the names of the losses that
@@ -103,6 +105,7 @@ class GradientIntegrator:
     def forget(self) -> None:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.stats = {}
+        self.has_integrated = False
         self._reach = Reach()
         self._window: Window | None = None
         self._seen: tuple[Sequence[Tensor], Sequence[Block], Seen] = ((), (), Seen())
@@ -192,6 +195,7 @@ class GradientIntegrator:
         self.stats = at_features.stats | integrated.stats()
         self._seen = (params, blocks, at_features)
         self._window = window if keep else None
+        self.has_integrated = True
 
     def __getstate__(self) -> dict[str, Any]:
         if self._choice.process_group is not None:
@@ -239,17 +243,20 @@ class GradientIntegrator:
         seen = Seen()
         if features is None:
             processes.agree(losses, constants)
+            others = processes.leaves_not_among(params, losses)
+            self._tell_of_unheld(others)
             rows = gradients_of(
                 losses,
                 params,
                 self._describe,
                 processes.differentiate,
-                others=leaves_not_among(params, losses),
+                others=others,
                 retain_graph=retain_graph,
             )
             return Gradients(rows, [None] * len(params)), seen
         through = AtFeatures(losses, features, params, self._describe)
         seen.behind = through.behind
+        self._tell_of_unheld(through.others)
         integrate_at = partial(self._integrated_at, seen, processes, constants)
         return through.gradients(integrate_at, retain_graph=retain_graph), seen
 
@@ -285,6 +292,21 @@ class GradientIntegrator:
         seen.stats = integrated.stats()
         seen.objectives = {block.name: block.objectives for block in blocks}
         return [gradients[position] for position in range(len(outputs))]
+
+    def _tell_of_unheld(self, others: Sequence[Tensor]) -> None:
+        """One warning of parameters that the losses reach and nobody holds."""
+        unheld = [leaf for leaf in others if isinstance(leaf, nn.Parameter)]
+        if self.has_integrated or not unheld:
+            return
+        shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
+        more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
+        warnings.warn(
+            f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
+            f"{more}: they get no gradient. Give all optimizers, as in MMParetoOptimizer([muon, "
+            "adamw]), use GradientIntegrator(model.parameters()), or freeze them with "
+            "requires_grad_(False)",
+            stacklevel=2,
+        )
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

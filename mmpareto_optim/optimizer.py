@@ -1,6 +1,7 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,6 +13,7 @@ from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.integration import Integration
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.report import Blocks
+from mmpareto_optim.several import Several
 from mmpareto_optim.stats import BlockStats
 
 if TYPE_CHECKING:  # not in every build
@@ -35,13 +37,16 @@ class MMParetoOptimizer(Optimizer):
     up on the base.
 
     Args:
-        optimizer: the base, any ``torch.optim.Optimizer``.
+        optimizer: the base, any ``torch.optim.Optimizer``; or a list of several that share a
+            graph, such as Muon for the matrices and AdamW for the rest.
         param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
             modality's name to a module, parameters or ``(name, parameter)`` pairs. Each is
             one block, integrated over the losses that reach it; the gradients of what it
             leaves out are added.
         integration: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
-            ``"uniform"``, the sum; or a function from a Gram matrix ``(m, m)`` to the
+            ``"uniform"``, the sum; ``"config"``, equal cosines (ConFIG); ``"upgrad"``, each
+            gradient projected on the dual cone; ``"dualproj"``, the sum projected on it, which is
+            the sum wherever that harms nobody; or a function from a Gram matrix ``(m, m)`` to the
             coefficients ``(m,)`` of the gradients. One that has a ``reset()`` keeps a state, and
             each block gets a copy of its own.
         gamma: factor on the integrated gradients of any named rule, positive; None for 1.5 with
@@ -61,7 +66,7 @@ class MMParetoOptimizer(Optimizer):
         average_gradients: False where each process trains a model of its own.
 
     Attributes:
-        optimizer: the base optimizer.
+        optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
@@ -73,7 +78,7 @@ class MMParetoOptimizer(Optimizer):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         param_groups_by_modality: Mapping[str, Any] | None = None,
         *,
         integration: Integration = "mmpareto",
@@ -83,19 +88,24 @@ class MMParetoOptimizer(Optimizer):
         average_gradients: bool = True,
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
-                "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
-            )
-        if isinstance(optimizer, MMParetoOptimizer):
-            raise TypeError(
-                "optimizer is an MMParetoOptimizer already: wrap the base once, or give its "
-                "attribute .optimizer"
-            )
-        self.optimizer = optimizer
+        bases: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        for base in bases:
+            if not isinstance(base, Optimizer):
+                raise TypeError(
+                    f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: "
+                    "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+                )
+            if isinstance(base, MMParetoOptimizer):
+                raise TypeError(
+                    "optimizer is an MMParetoOptimizer already: wrap the base once, or give its "
+                    "attribute .optimizer"
+                )
+        if not bases:
+            raise ValueError("optimizer is an empty list: give at least one optimizer")
+        self.optimizer: Optimizer = bases[0] if len(bases) == 1 else Several(bases)
+        self._steps_without_losses: int | None = 0
         self._integrator = GradientIntegrator(
-            optimizer.param_groups,
+            self.optimizer.param_groups,
             param_groups_by_modality,
             integration=integration,
             gamma=gamma,
@@ -167,6 +177,7 @@ class MMParetoOptimizer(Optimizer):
         param_groups_by_modality: Mapping[str, Any] | None,
     ) -> Any:
         check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
+        self._count_steps_without_losses(losses)
         if losses is not None:
             self._current().integrate(losses, features, param_groups_by_modality, keep=False)
         if closure is None:
@@ -322,7 +333,8 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "_integrator": self._integrator}
+        names = ("optimizer", "_integrator", "_steps_without_losses")
+        return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -331,6 +343,22 @@ class MMParetoOptimizer(Optimizer):
         # The base's list may be another by now, as after load_state_dict().
         self._integrator.param_groups = self.optimizer.param_groups
         return self._integrator
+
+    def _count_steps_without_losses(self, losses: Losses | None) -> None:
+        """One hint to who wrapped an optimizer and trains on as before."""
+        if self._steps_without_losses is None:
+            return
+        if losses is not None or self._integrator.has_integrated:
+            self._steps_without_losses = None
+            return
+        self._steps_without_losses += 1
+        if self._steps_without_losses == 10:
+            self._steps_without_losses = None
+            warnings.warn(
+                "this MMParetoOptimizer has stepped 10 times and was never given losses, so it "
+                "does what its base does: call step(losses={...}), or backward({...}) and step()",
+                stacklevel=4,
+            )
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None

@@ -267,6 +267,7 @@ def test_an_integrator_without_parameters(params: list[Any]) -> None:
         GradientIntegrator(params)
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_groups_of_an_integrator() -> None:
     model, batch = LateFusion(), audio_visual_batch()
     groups = [

@@ -177,6 +177,7 @@ def test_unfrozen_parameters_join_in() -> None:
     assert list(opt.stats) == ["mm+audio", "mm+visual"]
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_a_loss_that_reaches_nothing_changes_nothing() -> None:
     model, stranger = LateFusion(), nn.Parameter(torch.ones(()))
     losses = model.losses(audio_visual_batch())
@@ -186,6 +187,7 @@ def test_a_loss_that_reaches_nothing_changes_nothing() -> None:
     assert stranger.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_an_optimizer_of_frozen_parameters() -> None:
     model = LateFusion()
     opt = MMParetoOptimizer(sgd(model.audio.parameters()))
@@ -202,6 +204,7 @@ def test_names_of_losses_need_not_be_strings() -> None:
     assert list(opt.stats) == ["0+1", "0+2"]
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_losses_that_reach_nothing_at_all() -> None:
     param, stranger = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(()))
     opt = MMParetoOptimizer(sgd([param]))

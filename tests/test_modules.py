@@ -95,6 +95,7 @@ def test_functional_call() -> None:
     assert grads(template) == [None] * len(params)
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_an_ensemble_by_vmap() -> None:
     """Two trunks as one stacked parameter: one block, and the oracle by hand agrees."""
     trunks, heads = [nn.Linear(4, 3) for _ in range(2)], nn.ModuleList([nn.Linear(3, 2)] * 2)

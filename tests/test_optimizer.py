@@ -186,6 +186,7 @@ def test_schedulers_drive_the_base(scheduler: Callable[..., lr_scheduler.LRSched
         assert opt.optimizer.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_added_groups_join_the_blocks() -> None:
     model, batch = LateFusion(), audio_visual_batch()
     opt = MMParetoOptimizer(torch.optim.SGD(model.audio.parameters(), lr=0.1))

@@ -15,6 +15,11 @@ from torch.optim import Optimizer
 from mmpareto_optim import MMParetoOptimizer
 from tests.models import LateFusion, Losses, audio_visual_batch
 
+# Some optimizers take only a part of the parameters (Muon the matrices), and that is said.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the losses reach trainable parameters that no optimizer"
+)
+
 EXPORTED: dict[str, Any] = {
     name: member
     for name, member in vars(torch.optim).items()

@@ -134,6 +134,7 @@ def test_a_weighting_with_a_memory_serves_one_block() -> None:
             torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_a_weighting_with_a_memory_has_one_for_each_block() -> None:
     model, batch = LateFusion(), audio_visual_batch()
     twin = deepcopy(model)

@@ -184,6 +184,7 @@ def test_averaged_models() -> None:
     assert encoder.get_buffer("3.num_batches_tracked") == 3
 
 
+@pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer")
 def test_learning_rates_and_weight_decay_are_a_groups_own() -> None:
     """The oracle: plain SGD by hand, p - lr (g + decay p), with the integrated g."""
     model, batch = LateFusion(), audio_visual_batch()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpareto_optim.gradients.graph import leaves_behind
+from mmpareto_optim.gradients.graph import edge_of, edges_behind, leaves_behind, leaves_of
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Describe, Gradient
 
@@ -81,6 +81,9 @@ def leaves_not_among(params: Sequence[Tensor], losses: Losses) -> list[Tensor]:
     ``backward`` on parameters inside it may be on the way to another leaf alone. That can change
     from step to step, so the graph is walked in each: a hundredth of a backward or so.
     """
+    stops = {edge_of(param) for param in params if not param.is_leaf}
+    if stops:  # as a differentiable step leaves them
+        return list(leaves_of(edges_behind(map(edge_of, losses.values()), stops)))
     return list(leaves_behind(losses.values()).difference(params))
 
 

@@ -77,6 +77,7 @@ class AtFeatures:
         self._heads = [i for i, param in enumerate(params) if param not in every]
         self._others_before = list(before.difference(params))
         self._others_behind = list(every.difference(params))
+        self.others = [*self._others_before, *self._others_behind]
 
     def gradients(self, integrate_at: IntegrateAt, *, retain_graph: bool) -> Gradients:
         """Differentiate each loss down to the features, integrate there, and go on.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import largest_of, numbers_of
 from mmpareto_optim.flat.block import FlatBlock
-from mmpareto_optim.gradients.exact import Differentiate, by_autograd
+from mmpareto_optim.gradients.exact import Differentiate, by_autograd, leaves_not_among
 from mmpareto_optim.ground import Gradient, Gradients
 
 
@@ -17,6 +17,9 @@ class Alone:
 
     differentiate: Differentiate = staticmethod(by_autograd)
     """How a loss's gradient at the parameters is found on this process."""
+
+    leaves_not_among = staticmethod(leaves_not_among)
+    """The leaves behind some losses that are not among the parameters."""
 
     def failing_together(self) -> AbstractContextManager[None]:
         """An error in here becomes one on all processes."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import largest_of, numbers_of
 from mmpareto_optim.flat.block import FlatBlock
+from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.averaged import Averaged, summed
@@ -77,6 +78,11 @@ class Sharded(Alone):
                 'rescale="tensor" needs the norm of each parameter tensor, and these are sharded '
                 '(DTensors): use rescale="encoder"'
             )
+
+    @staticmethod
+    def leaves_not_among(params: Sequence[Tensor], losses: Losses) -> list[Tensor]:
+        """None to speak of: all are passed through, and FSDP2's own are among them."""
+        return []
 
     @staticmethod
     def differentiate(

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
+from mmpareto_optim.rules.config import config_coefficients
 from mmpareto_optim.rules.gram import applied_gamma, check_gamma, check_gram, solver_dtype
 from mmpareto_optim.rules.mmpareto import (
     mmpareto_coefficients,
@@ -24,7 +26,9 @@ __all__ = [
     "applied_gamma",
     "check_gamma",
     "check_gram",
+    "config_coefficients",
     "default_gamma",
+    "dualproj_coefficients",
     "min_norm_weights",
     "mmpareto_coefficients",
     "mmpareto_on_the_host",
@@ -33,4 +37,5 @@ __all__ = [
     "solver_dtype",
     "uniform_coefficients",
     "unstretched_coefficients",
+    "upgrad_coefficients",
 ]

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
+from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
+from mmpareto_optim.rules.config import config_coefficients
 from mmpareto_optim.rules.gram import applied_gamma
 from mmpareto_optim.rules.mmpareto import mmpareto_coefficients, unstretched_coefficients
 from mmpareto_optim.rules.pareto import pareto_coefficients
 from mmpareto_optim.rules.uniform import uniform_coefficients
 
-NAMES = ("mmpareto", "pareto", "uniform")
+NAMES = ("mmpareto", "pareto", "uniform", "config", "upgrad", "dualproj")
 
 
 def default_gamma(integration: object) -> float:
@@ -50,4 +52,10 @@ def named_coefficients(
     return applied_gamma(gram, gamma).unsqueeze(-1) * _WITHOUT_GAMMA[name](gram)
 
 
-_WITHOUT_GAMMA = {"pareto": pareto_coefficients, "uniform": uniform_coefficients}
+_WITHOUT_GAMMA = {
+    "pareto": pareto_coefficients,
+    "uniform": uniform_coefficients,
+    "config": config_coefficients,
+    "upgrad": upgrad_coefficients,
+    "dualproj": dualproj_coefficients,
+}

@@ -1,0 +1,122 @@
+"""Several optimizers as one, for a graph that they share: Muon and AdamW, encoders and heads."""
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mmpareto_optim.contract import needs_closure
+
+
+class Several(Optimizer):
+    """Steps each of its optimizers; its groups are theirs, one after the other.
+
+    ``state_dict()`` is that of one optimizer with all the groups: torch.optim's own methods make
+    and load it.
+
+    Args:
+        optimizers: at least two, of different parameters.
+
+    Raises:
+        TypeError: one of them cannot step without a closure.
+        ValueError: a parameter that two of them hold.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+        self.defaults: dict[str, Any] = {}
+        # What torch.optim makes of an optimizer that it unpickles: hooks on state_dict().
+        super().__setstate__({})
+        for optimizer in self.optimizers:
+            if needs_closure(type(optimizer).step):
+                raise TypeError(
+                    f"{type(optimizer).__name__} evaluates the losses more than once in a step, "
+                    "which the others cannot follow: give it alone"
+                )
+        _check_apart(self.optimizers)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The very dicts of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        for optimizer in self.optimizers:
+            count = len(optimizer.param_groups)
+            optimizer.param_groups, groups = groups[:count], groups[count:]
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """By parameter, what the optimizer that holds it keeps; a new mapping of the very dicts."""
+        return dict(chain.from_iterable(each.state.items() for each in self.optimizers))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step each optimizer; a closure is evaluated once, before the first."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return result
+
+    step.hooked = True  # type: ignore[attr-defined]  # global hooks run for each optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: nobody knows which of them is meant."""
+        raise ValueError(
+            "add_param_group() does not know which of several optimizers is meant: call it on one "
+            "of them"
+        )
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        """Called before the first optimizer steps."""
+        return self.optimizers[0].register_step_pre_hook(lambda _, *args: hook(self, *args))
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
+        """Called after the last optimizer has stepped."""
+        return self.optimizers[-1].register_step_post_hook(lambda _, *args: hook(self, *args))
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.optimizers))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, or, as ``load_state_dict()`` calls it, of the state and groups of all."""
+        if "optimizers" in state:
+            self.optimizers = state["optimizers"]
+            self.defaults = {}
+            super().__setstate__({})
+            return
+        groups = list(state["param_groups"])
+        for optimizer in self.optimizers:
+            count = len(optimizer.param_groups)
+            own, groups = groups[:count], groups[count:]
+            held = {param for group in own for param in group["params"]}
+            kept = {param: value for param, value in state["state"].items() if param in held}
+            previous = optimizer.state
+            previous.clear()
+            previous.update(kept)
+            optimizer.__setstate__({"state": previous, "param_groups": own})
+
+
+def _check_apart(optimizers: Sequence[Optimizer]) -> None:
+    holder: dict[Tensor, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for index, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            if holder.setdefault(param, number) != number:
+                raise ValueError(
+                    f"parameter {index} of optimizer {number}, of shape {tuple(param.shape)}, is "
+                    f"in optimizer {holder[param]} too, and both would step it: leave it in one"
+                )

@@ -1,0 +1,245 @@
+"""Several optimizers on one graph, and what is said of parameters and steps without losses."""
+
+import warnings
+from copy import deepcopy
+from io import BytesIO
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import SGD, AdamW, Optimizer
+
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
+from tests.models import LateFusion, audio_visual_batch, grads
+
+
+def split(model: LateFusion) -> tuple[list[Tensor], list[Tensor]]:
+    params = list(model.parameters())
+    return [p for p in params if p.ndim == 2], [p for p in params if p.ndim < 2]
+
+
+def bases(model: LateFusion) -> list[Optimizer]:
+    """One for the matrices and one for the rest, each with a state of its own."""
+    matrices, rest = split(model)
+    return [SGD(matrices, lr=0.1, momentum=0.9), AdamW(rest, lr=0.01)]
+
+
+def trained(model: LateFusion, opt: Any, steps: int, seed: int = 0) -> None:
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        opt.zero_grad()
+        opt.step(losses=model.losses(audio_visual_batch()))
+
+
+def test_each_steps_with_the_gradients_of_one_integrator() -> None:
+    model = LateFusion()
+    twin = deepcopy(model)
+    trained(model, MMParetoOptimizer(bases(model)), 4)
+    integrator, singles = GradientIntegrator(twin.parameters()), bases(twin)
+    torch.manual_seed(0)
+    for _ in range(4):
+        integrator.zero_grad()
+        integrator.backward(twin.losses(audio_visual_batch()))
+        for single in singles:
+            single.step()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+    assert list(integrator.stats) == ["mm+audio", "mm+visual"]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
+def test_muon_and_adamw() -> None:
+    model = LateFusion()
+    matrices, rest = split(model)
+    opt = MMParetoOptimizer([torch.optim.Muon(matrices, lr=0.02), AdamW(rest, lr=3e-3)])
+    batch = audio_visual_batch()
+    first = sum(float(loss.detach()) for loss in model.losses(batch).values())
+    for _ in range(30):
+        opt.zero_grad()
+        opt.step(losses=model.losses(batch))
+    assert sum(float(loss.detach()) for loss in model.losses(batch).values()) < 0.7 * first
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_a_checkpoint_goes_on_bit_for_bit(weights_only: bool) -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(bases(model))
+    trained(model, opt, 3)
+    file = BytesIO()
+    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    trained(model, opt, 3, seed=1)
+    file.seek(0)
+    kept = torch.load(file, weights_only=weights_only)
+    other = LateFusion()
+    other.load_state_dict(kept["model"])
+    resumed = MMParetoOptimizer(bases(other))
+    resumed.load_state_dict(kept["opt"])
+    trained(other, resumed, 3, seed=1)
+    torch.testing.assert_close(list(other.parameters()), list(model.parameters()), rtol=0, atol=0)
+
+
+def test_a_checkpoint_numbers_parameters_through() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(bases(model))
+    trained(model, opt, 1)
+    state = opt.state_dict()
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    assert numbers == list(range(len(list(model.parameters()))))
+    assert sorted(state["state"]) == numbers
+
+
+def test_copies_go_on_alike() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(bases(model))
+    trained(model, opt, 2)
+    twin, other = deepcopy((model, opt))
+    trained(model, opt, 2, seed=1)
+    trained(twin, other, 2, seed=1)
+    torch.testing.assert_close(list(twin.parameters()), list(model.parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("on", ["wrapper", "each base"])
+def test_schedulers(on: str) -> None:
+    model = LateFusion()
+    singles = bases(model)
+    opt = MMParetoOptimizer(singles)
+    owners: list[Optimizer] = [opt] if on == "wrapper" else singles
+    schedulers = [torch.optim.lr_scheduler.StepLR(owner, 1, 0.5) for owner in owners]
+    trained(model, opt, 1)
+    for scheduler in schedulers:
+        scheduler.step()
+    assert [group["lr"] for group in opt.param_groups] == [0.05, 0.005]
+    assert [single.param_groups[0]["lr"] for single in singles] == [0.05, 0.005]
+
+
+def test_hooks_run_once_around_all() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(bases(model))
+    seen: list[tuple[str, bool]] = []
+    weight, bias = list(model.audio.parameters())[:2]
+    first, last = weight.clone(), bias.clone()
+
+    def note(name: str) -> Any:
+        def hook(owner: Any, *_: Any) -> None:
+            moved = not torch.equal(first, weight)
+            moved |= not torch.equal(last, bias)
+            assert owner is opt
+            seen.append((name, moved))
+
+        return hook
+
+    opt.register_step_pre_hook(note("before"))
+    opt.register_step_post_hook(note("after"))
+    trained(model, opt, 1)
+    assert seen == [("before", False), ("after", True)]
+
+
+def test_the_scaler_skips_all_or_none() -> None:
+    model = LateFusion()
+    opt, scaler = MMParetoOptimizer(bases(model)), GradScaler("cpu", init_scale=4.0)
+    before = deepcopy(list(model.parameters()))
+    for factor in (torch.inf, 1.0):
+        opt.zero_grad()
+        losses = model.losses(audio_visual_batch())
+        losses["mm"] = losses["mm"] * factor
+        opt.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(same) if factor == torch.inf else not any(same)
+
+
+def test_a_closure_is_evaluated_once() -> None:
+    model, batch = LateFusion(), audio_visual_batch()
+    twin = deepcopy(model)
+    opt = MMParetoOptimizer(bases(model))
+    calls = []
+
+    def closure() -> dict[str, Tensor]:
+        calls.append(1)
+        opt.zero_grad()
+        return model.losses(batch)
+
+    total = opt.step(closure)
+    MMParetoOptimizer(bases(twin)).step(losses=(losses := twin.losses(batch)))
+    torch.testing.assert_close(total, torch.stack(list(losses.values())).sum())
+    assert len(calls) == 1
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+
+
+def test_one_in_a_list_is_that_one() -> None:
+    base = SGD(LateFusion().parameters(), lr=0.1)
+    assert MMParetoOptimizer([base]).optimizer is base
+
+
+def test_mistakes() -> None:
+    model = LateFusion()
+    matrices, rest = split(model)
+    with pytest.raises(ValueError, match="is in optimizer 0 too"):
+        MMParetoOptimizer([SGD(matrices, lr=0.1), SGD([*rest, matrices[0]], lr=0.1)])
+    with pytest.raises(TypeError, match="LBFGS evaluates the losses more than once"):
+        MMParetoOptimizer([SGD(matrices, lr=0.1), torch.optim.LBFGS(rest)])
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got list"):
+        MMParetoOptimizer([SGD(matrices, lr=0.1), rest])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="empty list"):
+        MMParetoOptimizer([])
+    opt = MMParetoOptimizer(bases(model))
+    with pytest.raises(ValueError, match="call it on one of them"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_a_group_that_is_added_to_one_joins_in() -> None:
+    model = LateFusion()
+    added = list(model.visual.parameters())
+    held = [p for p in model.parameters() if all(p is not other for other in added)]
+    first, second = SGD(held[:3], lr=0.1), SGD(held[3:], lr=0.1)
+    opt = MMParetoOptimizer([first, second])
+    first.add_param_group({"params": added})
+    trained(model, opt, 1)
+    assert list(opt.stats) == ["mm+audio", "mm+visual"]
+
+
+def test_parameters_that_nobody_holds_are_told_of_once() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(SGD(model.audio.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match=r"trainable parameters that no optimizer here holds"):
+        opt.backward(model.losses(audio_visual_batch()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.backward(model.losses(audio_visual_batch()))
+    quiet = MMParetoOptimizer(SGD(model.parameters(), lr=0.1))
+    x = torch.randn(16, 5, requires_grad=True)  # no parameter, though a leaf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet.backward(model.losses((x, *audio_visual_batch()[1:])))
+    assert x.grad is None
+    assert all(grad is not None for grad in grads(model))
+
+
+def test_one_hint_to_who_never_gives_losses() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            opt.step()
+    with pytest.warns(UserWarning, match=r"never given losses.*call step\(losses"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            opt.step()
+        used = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
+        used.backward(model.losses(audio_visual_batch()))
+        for _ in range(20):
+            used.step()
+
+
+def test_none_as_a_loss() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
+    losses: dict[str, Any] = {**model.losses(audio_visual_batch()), "visual": None}
+    with pytest.raises(TypeError, match="loss 'visual' is None: leave it out"):
+        opt.step(losses=losses)
