@@ -8,13 +8,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 
-def of_integrator(name: str) -> Any:
-    """An attribute that the optimizer's integrator holds."""
+def of_held(holder: str, name: str) -> Any:
+    """An attribute of something that the optimizer holds, which reads and writes it there."""
 
     def write(self: Any, value: Any) -> None:
-        setattr(self._integrator, name, value)
+        setattr(getattr(self, holder), name, value)
 
-    return property(lambda self: getattr(self._integrator, name), write)
+    return property(lambda self: getattr(getattr(self, holder), name), write)
 
 
 def handing_self(name: str) -> Any:

@@ -1,12 +1,11 @@
 """One backward: losses in, integrated gradients in ``.grad``."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpareto_optim.blocks import Block, Reach, blocks_of
 from mmpareto_optim.flat.memory import secured
@@ -20,7 +19,7 @@ from mmpareto_optim.modalities import Modalities, check_held, parameters_by_moda
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.choice import Choice, check_member
 from mmpareto_optim.report import AtFeatures as Seen
-from mmpareto_optim.report import Blocks, block_table, describe, settings_of
+from mmpareto_optim.report import Blocks, block_table, describe, settings_of, warn_of_unheld
 from mmpareto_optim.rules import NAMES, Rule, check_gamma
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.window import Window
@@ -244,7 +243,8 @@ class GradientIntegrator:
         if features is None:
             processes.agree(losses, constants)
             others = processes.leaves_not_among(params, losses)
-            self._tell_of_unheld(others)
+            if not self.has_integrated:
+                warn_of_unheld(others)
             rows = gradients_of(
                 losses,
                 params,
@@ -256,7 +256,8 @@ class GradientIntegrator:
             return Gradients(rows, [None] * len(params)), seen
         through = AtFeatures(losses, features, params, self._describe)
         seen.behind = through.behind
-        self._tell_of_unheld(through.others)
+        if not self.has_integrated:
+            warn_of_unheld(through.others)
         integrate_at = partial(self._integrated_at, seen, processes, constants)
         return through.gradients(integrate_at, retain_graph=retain_graph), seen
 
@@ -292,21 +293,6 @@ class GradientIntegrator:
         seen.stats = integrated.stats()
         seen.objectives = {block.name: block.objectives for block in blocks}
         return [gradients[position] for position in range(len(outputs))]
-
-    def _tell_of_unheld(self, others: Sequence[Tensor]) -> None:
-        """One warning of parameters that the losses reach and nobody holds."""
-        unheld = [leaf for leaf in others if isinstance(leaf, nn.Parameter)]
-        if self.has_integrated or not unheld:
-            return
-        shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
-        more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
-        warnings.warn(
-            f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
-            f"{more}: they get no gradient. Give all optimizers, as in MMParetoOptimizer([muon, "
-            "adamw]), use GradientIntegrator(model.parameters()), or freeze them with "
-            "requires_grad_(False)",
-            stacklevel=2,
-        )
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

@@ -1,19 +1,18 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmpareto_optim.contract import check_step, handing_self, of_integrator
+from mmpareto_optim.contract import check_step, handing_self, of_held
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.integration import Integration
 from mmpareto_optim.integrator import GradientIntegrator
-from mmpareto_optim.report import Blocks
-from mmpareto_optim.several import Several
+from mmpareto_optim.report import Blocks, warn_of_no_losses
+from mmpareto_optim.several import as_one
 from mmpareto_optim.stats import BlockStats
 
 if TYPE_CHECKING:  # not in every build
@@ -88,21 +87,7 @@ class MMParetoOptimizer(Optimizer):
         average_gradients: bool = True,
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
-        bases: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        for base in bases:
-            if not isinstance(base, Optimizer):
-                raise TypeError(
-                    f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: "
-                    "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
-                )
-            if isinstance(base, MMParetoOptimizer):
-                raise TypeError(
-                    "optimizer is an MMParetoOptimizer already: wrap the base once, or give its "
-                    "attribute .optimizer"
-                )
-        if not bases:
-            raise ValueError("optimizer is an empty list: give at least one optimizer")
-        self.optimizer: Optimizer = bases[0] if len(bases) == 1 else Several(bases)
+        self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
         self._steps_without_losses: int | None = 0
         self._integrator = GradientIntegrator(
             self.optimizer.param_groups,
@@ -113,26 +98,6 @@ class MMParetoOptimizer(Optimizer):
             process_group=process_group,
             average_gradients=average_gradients,
         )
-
-    @overload
-    def step(
-        self,
-        closure: None = None,
-        *,
-        losses: Losses | None = None,
-        features: Mapping[str, Tensor] | None = None,
-        param_groups_by_modality: Mapping[str, Any] | None = None,
-    ) -> None: ...
-
-    @overload
-    def step(
-        self,
-        closure: Callable[[], Any],
-        *,
-        losses: None = None,
-        features: None = None,
-        param_groups_by_modality: Mapping[str, Any] | None = None,
-    ) -> Any: ...
 
     def step(
         self,
@@ -276,9 +241,9 @@ class MMParetoOptimizer(Optimizer):
         """Load the base's state."""
         self.optimizer.load_state_dict(state_dict)
 
-    integration = of_integrator("integration")
-    gamma = of_integrator("gamma")
-    rescale = of_integrator("rescale")
+    integration = of_held("_integrator", "integration")
+    gamma = of_held("_integrator", "gamma")
+    rescale = of_held("_integrator", "rescale")
 
     @property
     def stats(self) -> dict[str, BlockStats]:
@@ -290,28 +255,9 @@ class MMParetoOptimizer(Optimizer):
         """As of :class:`GradientIntegrator`: what to print first when results surprise."""
         return self._integrator.blocks
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's own list."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base's own state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The base's own defaults."""
-        return self.optimizer.defaults
+    param_groups = of_held("optimizer", "param_groups")
+    state = of_held("optimizer", "state")
+    defaults = of_held("optimizer", "defaults")
 
     # Hooks run around the base's step, when .grad is there, and are handed this optimizer.
     register_step_pre_hook = handing_self("register_step_pre_hook")
@@ -354,11 +300,7 @@ class MMParetoOptimizer(Optimizer):
         self._steps_without_losses += 1
         if self._steps_without_losses == 10:
             self._steps_without_losses = None
-            warnings.warn(
-                "this MMParetoOptimizer has stepped 10 times and was never given losses, so it "
-                "does what its base does: call step(losses={...}), or backward({...}) and step()",
-                stacklevel=4,
-            )
+            warn_of_no_losses()
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None

@@ -1,10 +1,11 @@
 """What the user is told of blocks and parameters."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.integration import Method
@@ -88,6 +89,31 @@ def block_table(
             _info(block.name, block.objectives, members, groups, integrated=block.integrated)
         )
     return Blocks(found)
+
+
+def warn_of_unheld(leaves: Sequence[Tensor]) -> None:
+    """One warning of parameters among the leaves that the losses reach and nobody holds."""
+    unheld = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    if not unheld:
+        return
+    shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
+    more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
+    warnings.warn(
+        f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
+        f"{more}: they get no gradient. Give all optimizers, as in MMParetoOptimizer([muon, "
+        "adamw]), use GradientIntegrator(model.parameters()), or freeze them with "
+        "requires_grad_(False)",
+        stacklevel=2,
+    )
+
+
+def warn_of_no_losses() -> None:
+    """One hint to who wrapped an optimizer and trains on as before."""
+    warnings.warn(
+        "this MMParetoOptimizer has stepped 10 times and was never given losses, so it "
+        "does what its base does: call step(losses={...}), or backward({...}) and step()",
+        stacklevel=2,
+    )
 
 
 def settings_of(method: Method, modalities: Modalities | None) -> str:

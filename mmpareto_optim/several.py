@@ -11,6 +11,30 @@ from torch.optim import Optimizer
 from mmpareto_optim.contract import needs_closure
 
 
+def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
+    """The optimizer itself, or one that steps several.
+
+    Raises:
+        TypeError: what is no optimizer, or ``not_a`` wrapper again.
+        ValueError: an empty list.
+    """
+    bases = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
+    for base in bases:
+        if not isinstance(base, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: "
+                "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+            )
+        if isinstance(base, not_a):
+            raise TypeError(
+                f"optimizer is an {not_a.__name__} already: wrap the base once, or give its "
+                "attribute .optimizer"
+            )
+    if not bases:
+        raise ValueError("optimizer is an empty list: give at least one optimizer")
+    return bases[0] if len(bases) == 1 else Several(bases)
+
+
 class Several(Optimizer):
     """Steps each of its optimizers; its groups are theirs, one after the other.
 

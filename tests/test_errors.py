@@ -205,9 +205,9 @@ def test_sparse_gradients(named: bool) -> None:
 def test_losses_and_a_closure() -> None:
     trained = Trained()
     with pytest.raises(TypeError, match=r"losses or a closure.*not both"):
-        trained.opt.step(lambda: trained.losses(), losses=trained.losses())  # type: ignore[call-overload]
+        trained.opt.step(lambda: trained.losses(), losses=trained.losses())
     with pytest.raises(TypeError, match=r"got dict: pass losses by name.*step\(losses=\.\.\.\)"):
-        trained.opt.step(trained.losses())  # type: ignore[call-overload]
+        trained.opt.step(trained.losses())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="only with losses or a closure"):
         trained.opt.step(param_groups_by_modality={"audio": trained.model.audio})
     assert all(a.equal(b) for a, b in zip(trained.before, trained.snapshot(), strict=True))
