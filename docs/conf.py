@@ -3,9 +3,13 @@
 import os
 import re
 import sys
+from importlib.resources import files
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 FOLDER = Path(__file__).parent.resolve()
 # Pages of the site that show a file from outside this folder.
@@ -37,11 +41,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 pygments_style = "friendly"  # the lines of a diff in red and green
 pygments_dark_style = "github-dark"
 html_title = f"mmpareto-optim {version}"
-html_static_path = ["_static"]
+html_static_path = ["_static", str(files("ziamath.fonts") / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sourcelink = False
@@ -75,8 +80,28 @@ def read_included(_: Sphinx, path: Path, page: str, source: list[str]) -> None:
     source[0] = led_inside(source[0], FOLDER / path, page)
 
 
+def mathml(formula: str, display: str) -> str:
+    """Bars of a norm keep the size of a letter; of two, browsers would stretch but the first."""
+    return convert(formula, display=display).replace(
+        "<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>'
+    )
+
+
+def visit_inline_math(writer: HTML5Translator, node: nodes.math) -> None:
+    """Formulas are MathML, which browsers draw themselves: the pages need no network."""
+    writer.body.append(mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def visit_math_block(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """A formula on lines of its own."""
+    writer.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Sphinx) -> None:
     """Draw the pictures with the library itself, so that they cannot differ from what it does."""
+    app.add_html_math_renderer("mathml", (visit_inline_math, None), (visit_math_block, None))
     app.connect("builder-inited", lambda _: draw(FOLDER / "_pictures"))
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)

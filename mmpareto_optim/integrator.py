@@ -19,7 +19,14 @@ from mmpareto_optim.modalities import Modalities, check_held, parameters_by_moda
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.choice import Choice, check_member
 from mmpareto_optim.report import AtFeatures as Seen
-from mmpareto_optim.report import Blocks, block_table, describe, settings_of, warn_of_unheld
+from mmpareto_optim.report import (
+    Blocks,
+    block_table,
+    describe,
+    settings_of,
+    warn_of_small_gradient,
+    warn_of_unheld,
+)
 from mmpareto_optim.rules import NAMES, Rule, check_gamma
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.window import Window
@@ -105,6 +112,7 @@ class GradientIntegrator:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.stats = {}
         self.has_integrated = False
+        self._warned = False
         self._reach = Reach()
         self._window: Window | None = None
         self._seen: tuple[Sequence[Tensor], Sequence[Block], Seen] = ((), (), Seen())
@@ -195,6 +203,8 @@ class GradientIntegrator:
         self._seen = (params, blocks, at_features)
         self._window = window if keep else None
         self.has_integrated = True
+        if not self._warned and not callable(self.integration):
+            self._warned = warn_of_small_gradient(self.stats)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._choice.process_group is not None:

@@ -15,6 +15,9 @@ from mmpareto_optim.stats import BlockStats
 SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
 
+LARGE = 1e4
+"""A coefficient beyond which a gradient is too small to be a task's."""
+
 
 @dataclass(frozen=True)
 class BlockInfo:
@@ -114,6 +117,32 @@ def warn_of_no_losses() -> None:
         "does what its base does: call step(losses={...}), or backward({...}) and step()",
         stacklevel=2,
     )
+
+
+def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
+    """A warning of a loss that a rule multiplies by more than ``LARGE``, and whether there is one.
+
+    Only on the CPU: elsewhere a look at the coefficients would wait for the device.
+    """
+    for block, of_block in stats.items():
+        factors = of_block.coefficients
+        if type(factors) is not Tensor or factors.device.type != "cpu":
+            continue
+        if of_block.stretch is not None:
+            factors = factors * of_block.stretch.max()
+        numbers = factors.tolist()
+        largest = max(numbers)
+        if largest > LARGE:
+            loss = of_block.objectives[numbers.index(largest)]
+            warnings.warn(
+                f"block {block!r}: the gradient of loss {loss!r} is so small that it is "
+                f"multiplied by {largest:.1e}, as a common direction has to lower that loss too. "
+                "A term that is no task (an entropy bonus, a penalty) is better added to another "
+                'loss, as in {"policy": policy_loss - 0.01 * entropy}',
+                stacklevel=2,
+            )
+            return True
+    return False
 
 
 def settings_of(method: Method, modalities: Modalities | None) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
-from tests.models import LateFusion, Losses, audio_visual_batch
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer, mmpareto_coefficients
+from tests.models import LateFusion, Losses, audio_visual_batch, grads
 
 
 def sgd(params: Iterable[Tensor]) -> torch.optim.SGD:
@@ -211,3 +211,34 @@ def test_losses_that_reach_nothing_at_all() -> None:
     opt.step(losses={"other": stranger * 2})
     assert param.grad is None
     assert opt.stats == {}
+
+
+def test_the_table_tells_what_is_behind_features() -> None:
+    model, batch = LateFusion(), audio_visual_batch()
+    base = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    opt = MMParetoOptimizer(base)
+    features = model.features(batch)
+    opt.backward(model.losses_at(features, batch[2]), features=features)
+    audio, visual, *heads = list(opt.blocks)
+    assert (audio.name, audio.objectives, audio.integrated) == ("audio", ("mm", "audio"), True)
+    assert audio.parameters == ("audio.0.weight", "audio.0.bias", "audio.2.weight", "audio.2.bias")
+    assert (visual.name, visual.objectives) == ("visual", ("mm", "visual"))
+    assert audio.numbers == sum(p.numel() for p in model.audio.parameters())
+    assert [(head.name, head.integrated) for head in heads] == [
+        ("audio", False),
+        ("visual", False),
+        ("mm", False),
+    ]
+    assert "mm, audio" in str(opt.blocks)
+
+
+def test_an_integrator_clears_gradients_as_torch_optim_does() -> None:
+    model = LateFusion()
+    integrator = GradientIntegrator(model.parameters())
+    integrator.zero_grad(set_to_none=False)
+    assert grads(model) == [None] * len(list(model.parameters()))
+    integrator.backward(model.losses(audio_visual_batch()))
+    integrator.zero_grad(set_to_none=False)
+    assert all(grad is not None and (grad == 0).all() for grad in grads(model))
+    integrator.zero_grad()
+    assert grads(model) == [None] * len(list(model.parameters()))

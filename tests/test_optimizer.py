@@ -376,6 +376,19 @@ def test_a_whole_feature_space_step_reads_nothing_back_to_the_host() -> None:
     assert opt.stats["audio"].scale.device.type == "meta"
 
 
+def test_an_accumulation_reads_nothing_back_to_the_host() -> None:
+    with torch.device("meta"):
+        model, batch = LateFusion(), (torch.empty(4, 5), torch.empty(4, 7))
+        label = torch.empty(4, dtype=torch.long)
+        opt = wrapped_sgd(model)
+        for _ in range(2):
+            opt.zero_grad(set_to_none=False)
+            for _ in range(3):
+                opt.backward(model.losses((*batch, label)))
+            opt.step()
+    assert opt.stats["mm+visual"].gram.device.type == "meta"
+
+
 def test_the_encoders_graphs_are_freed() -> None:
     model, batch = LateFusion(), audio_visual_batch()
     losses = model.losses(batch)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -105,8 +105,16 @@ def test_the_sum_wherever_it_harms_nobody(rows: Tensor) -> None:
     assert combined("dualproj", rows).norm() <= rows.sum(0).norm() * (1 + 1e-9)
 
 
+CANCELLING = torch.tensor([[-0.6106], [-0.7261], [0.4991], [0.7933]], dtype=torch.float64)
+
+
+def test_config_is_zero_where_unit_gradients_cancel() -> None:
+    assert (combined("config", CANCELLING) == 0).all()
+
+
 @pytest.mark.parametrize("rule", RULES)
 @given(gradients(), st.integers(-20, 20))
+@example(CANCELLING, 1)
 def test_scaling_all_losses_scales_the_step(rule: str, rows: Tensor, exponent: int) -> None:
     scale = 10.0**exponent
     h = combined(rule, rows)

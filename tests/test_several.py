@@ -3,7 +3,7 @@
 import warnings
 from copy import deepcopy
 from io import BytesIO
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -174,6 +174,16 @@ def test_one_in_a_list_is_that_one() -> None:
     assert MMParetoOptimizer([base]).optimizer is base
 
 
+def test_groups_may_be_replaced() -> None:
+    model = LateFusion()
+    first, second = bases(model)
+    opt = MMParetoOptimizer([first, second])
+    replaced = [{**group, "lr": 0.5} for group in opt.param_groups]
+    opt.param_groups = replaced
+    assert opt.param_groups == replaced
+    assert [group["lr"] for group in (*first.param_groups, *second.param_groups)] == [0.5, 0.5]
+
+
 def test_mistakes() -> None:
     model = LateFusion()
     matrices, rest = split(model)
@@ -243,3 +253,29 @@ def test_none_as_a_loss() -> None:
     losses: dict[str, Any] = {**model.losses(audio_visual_batch()), "visual": None}
     with pytest.raises(TypeError, match="loss 'visual' is None: leave it out"):
         opt.step(losses=losses)
+
+
+@pytest.mark.parametrize("rescale", ["encoder", "tensor"])
+def test_a_loss_too_small_to_be_a_task_is_told_of_once(
+    rescale: Literal["encoder", "tensor"],
+) -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    opt = MMParetoOptimizer(SGD([weight], lr=1e-9), rescale=rescale)
+
+    def losses(size: float) -> dict[str, torch.Tensor]:
+        policy = weight[0] * 3
+        return {"policy": policy, "entropy": size * (weight[1] - weight[0])}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(losses=losses(0.1))
+        opt.step(losses=losses(0.0))
+    with pytest.warns(
+        UserWarning, match=r"block 'policy\+entropy': the gradient of loss 'entropy'"
+    ):
+        opt.step(losses=losses(1e-5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(losses=losses(1e-5))
+        own = MMParetoOptimizer(SGD([weight], lr=1e-9), integration=lambda gram: gram[0] * 0 + 1e5)
+        own.step(losses=losses(1e-5))

@@ -17,7 +17,7 @@ def config_coefficients(gram: Tensor) -> Tensor:
     Linearly independent gradients all have the same, positive cosine with ``h``, and ``||h||`` is
     the sum of their projections on it. Of dependent ones ``v`` is the shortest vector of those
     whose products with the unit gradients are nearest to 1, and the cosines may differ in size and
-    sign. Exactly opposite gradients give zero.
+    sign. Where unit gradients cancel, as exactly opposite ones do, the result is zero.
 
     The pseudo-inverse is found from the cosines ``C = U U'``, whose eigenvalues are the squares of
     the singular values of ``U``. Those below ``m sqrt(eps)`` fade out, for ``eps`` the machine
@@ -43,7 +43,10 @@ def config_coefficients(gram: Tensor) -> Tensor:
         along = (cosines @ weights.unsqueeze(-1)).squeeze(-1)
         square = (weights * along).sum(-1, keepdim=True)
         length = torch.where(present, lengths * along, 0).sum(-1, keepdim=True)
-        return torch.where(square > 0, length / square, 0) * weights / lengths
+        # Of unit gradients that cancel, v is rounding error.
+        noise = target.sum(-1, keepdim=True).square() * rounding_of(gram)
+        found = along.square().sum(-1, keepdim=True) > noise
+        return torch.where(found, length / square, 0) * weights / lengths
 
     return of_present(rule, gram, 1.0)
 
