@@ -16,7 +16,9 @@ SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
 
 LARGE = 1e4
-"""A coefficient beyond which a gradient is too small to be a task's."""
+"""A coefficient beyond which a loss is told of, if its gradient is ``SMALL`` of the longest."""
+
+SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def warn_of_no_losses() -> None:
 def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
     """A warning of a loss that a rule multiplies by more than ``LARGE``, and whether there is one.
 
-    Only on the CPU: elsewhere a look at the coefficients would wait for the device.
+    Nearly opposite gradients of like lengths are multiplied as much, and not meant. Only on the
+    CPU: elsewhere a look at the coefficients would wait for the device.
     """
     for block, of_block in stats.items():
         factors = of_block.coefficients
@@ -133,7 +136,11 @@ def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
         numbers = factors.tolist()
         largest = max(numbers)
         if largest > LARGE:
-            loss = of_block.objectives[numbers.index(largest)]
+            place = numbers.index(largest)
+            norms = of_block.norms.tolist()
+            if norms[place] > SMALL * max(norms):
+                continue
+            loss = of_block.objectives[place]
             warnings.warn(
                 f"block {block!r}: the gradient of loss {loss!r} is so small that it is "
                 f"multiplied by {largest:.1e}, as a common direction has to lower that loss too. "

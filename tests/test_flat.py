@@ -99,6 +99,7 @@ def test_squares_that_overflow_half_precision(dtype: torch.dtype) -> None:
     assert param.grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:block .* the gradient of loss")
 @given(st.integers(-30, 30), st.integers(-6, 6))
 def test_lengths_whose_squares_overflow_or_vanish_in_float32(exponent: int, ratio: int) -> None:
     ratio = max(-38, min(37, exponent + ratio)) - exponent

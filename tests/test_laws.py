@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from mmpareto_optim import MMParetoOptimizer, min_norm_weights, mmpareto_coefficients
 from tests.models import vectors_as_losses
 
+# Laws hold for gradients of any lengths, those that users are warned of too.
+pytestmark = pytest.mark.filterwarnings("ignore:block .* the gradient of loss")
+
 GAMMA = 1.5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -279,3 +279,12 @@ def test_a_loss_too_small_to_be_a_task_is_told_of_once(
         opt.step(losses=losses(1e-5))
         own = MMParetoOptimizer(SGD([weight], lr=1e-9), integration=lambda gram: gram[0] * 0 + 1e5)
         own.step(losses=losses(1e-5))
+
+
+def test_nearly_opposite_gradients_are_not_told_of() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    opt = MMParetoOptimizer(SGD([weight], lr=0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(losses={"one": weight[0], "other": -2 * weight[0] + 1e-5 * weight[1]})
+    assert opt.stats["one+other"].coefficients.max() > 1e4
