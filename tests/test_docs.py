@@ -9,12 +9,10 @@ import warnings
 from collections.abc import Iterator
 from doctest import ELLIPSIS, DocTestParser, DocTestRunner
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from runpy import run_path
 from textwrap import dedent
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from torch._functorch import config
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mmpareto_optim import MMParetoOptimizer, loss_slices
+from mmpareto_optim import MMParetoOptimizer
 
 ROOT = Path(__file__).parent.parent
 EVERY_RECIPE = sorted(ROOT.glob("docs/recipes/*.md"))
@@ -221,11 +219,7 @@ def readme_names() -> dict[str, Any]:
         **namespace,
         "epochs": 2,
         "train": train,
-        "writer": Mock(spec=["add_scalar"]),
         "losses_of": partial(losses_of, model),
-        "islice": islice,
-        "train_loss": lambda: losses_of(model, batch)["mm"],
-        "other": loss_slices(model, lambda: losses_of(model, batch)["mm"]),
         "base": torch.optim.SGD(model.parameters(), lr=0.1),
         "z_audio": z_audio,
         "z_visual": z_visual,
