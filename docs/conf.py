@@ -18,6 +18,7 @@ SHOWN = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/FEATURE_SPACE.md": "evidence_feature_space.md",
     "benchmarks/RESULTS.md": "evidence_step_time.md",
+    "benchmarks/RULES.md": "evidence_rules.md",
 }
 LINK = re.compile(r"\]\(([^)\s:#]+\.md)(#[^)]*)?\)")
 sys.path.insert(0, str(FOLDER))

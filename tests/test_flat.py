@@ -232,6 +232,7 @@ def test_long_float32_gradients_whose_sums_err_in_one_direction(seed: int) -> No
         torch.testing.assert_close(h, expected, rtol=1e-2, atol=1e-2 * float(expected.norm()) / 362)
 
 
+@pytest.mark.filterwarnings("ignore:block .* the gradient of loss")
 @given(
     cosine=st.floats(-1, 1),
     ratio=st.floats(-4, 0),
