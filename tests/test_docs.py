@@ -37,6 +37,7 @@ GOES_ON = "go on from the recipes' [start]"
 OPTIONAL = {
     "import Accelerator": "accelerate",
     "import lightning": "lightning",
+    "from lightning.fabric": "lightning",
     "from torchjd": "torchjd",
     "import TrainingArguments": "transformers",
     "UPGradWeighting": "quadprog",
