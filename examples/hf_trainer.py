@@ -56,6 +56,11 @@ class MMParetoTrainer(Trainer):  # type: ignore[misc]  # transformers is optiona
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         accelerated: Any = self.optimizer  # Accelerate's own, with ours inside
+        if not isinstance(accelerated.optimizer, MMParetoOptimizer):
+            raise TypeError(
+                f"the optimizer is a {type(accelerated.optimizer).__name__}, not the "
+                "MMParetoOptimizer of create_optimizer: DeepSpeed replaces it, use DDP or FSDP2"
+            )
         model.train()
         accelerated.train()  # schedule-free optimizers have a mode too
         inputs = self._prepare_inputs(inputs)

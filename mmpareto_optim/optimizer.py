@@ -199,8 +199,8 @@ class MMParetoOptimizer(Optimizer):
                 constructor for ``param_groups_by_modality``; an ``integration`` function
                 that returns another shape. Features that have no graph, that no loss reaches
                 or that a loss goes around; features with ``rescale="tensor"``.
-                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1, or on
-                device meshes that do not fit each other or the process group.
+                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1 or ZeRO 3,
+                or on device meshes that do not fit each other or the process group.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
                 a reentrant checkpoint; an error on another rank, or arguments unlike its;
                 no loss reaches a sharded parameter.

@@ -270,6 +270,15 @@ def test_a_batch_without_any_loss_is_told(tmp_path: Path) -> None:
         trainer_of(Silent(), tmp_path, captioned(4)).train()
 
 
+def test_an_optimizer_that_was_replaced_is_told(tmp_path: Path) -> None:
+    model = Towers()
+    trainer = trainer_of(model, tmp_path, captioned(4))
+    trainer.create_optimizer()
+    trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", sgd(model))
+    with pytest.raises(TypeError, match="the optimizer is a SGD, .* use DDP or FSDP2"):
+        trainer.train()
+
+
 def test_the_mode_of_a_schedule_free_optimizer(tmp_path: Path) -> None:
     """It evaluates at averaged parameters, and trains on at its own."""
     schedulefree = pytest.importorskip("schedulefree")
