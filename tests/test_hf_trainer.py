@@ -275,7 +275,7 @@ def test_an_optimizer_that_was_replaced_is_told(tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path, captioned(4))
     trainer.create_optimizer()
     trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", sgd(model))
-    with pytest.raises(TypeError, match="the optimizer is a SGD, .* use DDP or FSDP2"):
+    with pytest.raises(TypeError, match=r"the optimizer is a SGD, .* use DDP or FSDP2"):
         trainer.train()
 
 
