@@ -1,7 +1,8 @@
 """Small parts of torch.optim's contract, for an optimizer around a base."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -55,6 +56,30 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
             f"{type(base).__name__} evaluates the losses more than once in a step: "
             "call step(closure) with a closure that returns the mapping of losses"
         )
+
+
+@contextmanager
+def naming_need_of_a_graph(base: Optimizer, integrated: Callable[[], bool]) -> Iterator[None]:
+    """The error of a base that differentiates integrated gradients once more, with its mend.
+
+    Such bases (AdaHessian, SophiaH) tell nothing of it before they step; what they then raise is
+    torch's own error, or one of theirs, about a gradient without a ``grad_fn``.
+
+    Args:
+        base: an optimizer, while it steps.
+        integrated: whether the gradients are ours; other errors of the kind are the user's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "grad_fn" not in str(error) or not integrated():
+            raise
+        names = (type(each).__name__ for each in getattr(base, "optimizers", [base]))
+        raise RuntimeError(
+            f"{' or '.join(names)} differentiates the gradients once more, as after "
+            "backward(create_graph=True), and integrated gradients have no graph: take a base of "
+            "first derivatives, or one whose step takes an estimate of the Hessian (docs/faq.md)"
+        ) from error
 
 
 @cache

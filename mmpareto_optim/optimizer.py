@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmpareto_optim.contract import check_step, handing_self, of_held
+from mmpareto_optim.contract import check_step, handing_self, naming_need_of_a_graph, of_held
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.integration import Integration
 from mmpareto_optim.integrator import GradientIntegrator
@@ -128,6 +128,7 @@ class MMParetoOptimizer(Optimizer):
             TypeError: both ``losses`` and ``closure``, ``features`` without ``losses``, or a
                 base that cannot step without a closure, given none; and whatever
                 :meth:`backward` raises.
+            RuntimeError: a base that differentiates the gradients once more, as AdaHessian.
         """
         step = self._stepped
         if torch.compiler.is_compiling():  # the graph is broken around the integration
@@ -145,10 +146,11 @@ class MMParetoOptimizer(Optimizer):
         self._count_steps_without_losses(losses)
         if losses is not None:
             self._current().integrate(losses, features, param_groups_by_modality, keep=False)
-        if closure is None:
-            result = self.optimizer.step()
-        else:
-            result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
+        with naming_need_of_a_graph(self.optimizer, lambda: self._integrator.has_integrated):
+            if closure is None:
+                result = self.optimizer.step()
+            else:
+                result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
         self._integrator.end_window()
         return result
 
@@ -199,8 +201,8 @@ class MMParetoOptimizer(Optimizer):
                 constructor for ``param_groups_by_modality``; an ``integration`` function
                 that returns another shape. Features that have no graph, that no loss reaches
                 or that a loss goes around; features with ``rescale="tensor"``.
-                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1, or on
-                device meshes that do not fit each other or the process group.
+                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1 or ZeRO 3,
+                or on device meshes that do not fit each other or the process group.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
                 a reentrant checkpoint; an error on another rank, or arguments unlike its;
                 no loss reaches a sharded parameter.

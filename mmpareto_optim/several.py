@@ -76,7 +76,7 @@ class Several(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """By parameter, what the optimizer that holds it keeps; a new mapping of the very dicts."""
-        return dict(chain.from_iterable(each.state.items() for each in self.optimizers))
+        return _States(self.optimizers)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; a closure is evaluated once, before the first."""
@@ -95,6 +95,14 @@ class Several(Optimizer):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """Put those that have a mode (schedule-free ones) into that of training."""
+        self._call_where_there_is("train")
+
+    def eval(self) -> None:
+        """Put those that have a mode into that of evaluation."""
+        self._call_where_there_is("eval")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: nobody knows which of them is meant."""
         raise ValueError(
@@ -109,6 +117,12 @@ class Several(Optimizer):
     def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
         """Called after the last optimizer has stepped."""
         return self.optimizers[-1].register_step_post_hook(lambda _, *args: hook(self, *args))
+
+    def _call_where_there_is(self, name: str) -> None:
+        for optimizer in self.optimizers:
+            method = getattr(optimizer, name, None)
+            if callable(method):
+                method()
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.optimizers))
@@ -133,6 +147,21 @@ class Several(Optimizer):
             previous.clear()
             previous.update(kept)
             optimizer.__setstate__({"state": previous, "param_groups": own})
+
+
+class _States(dict[Tensor, Any]):
+    """The state of several optimizers; that of a parameter without one is made by its holder."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        super().__init__(chain.from_iterable(each.state.items() for each in optimizers))
+        self._optimizers = optimizers
+
+    def __missing__(self, param: Tensor) -> Any:
+        for optimizer in self._optimizers:
+            if any(param is held for group in optimizer.param_groups for held in group["params"]):
+                self[param] = optimizer.state[param]
+                return self[param]
+        raise KeyError(param)
 
 
 def _check_apart(optimizers: Sequence[Optimizer]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree, SGDScheduleFree
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
@@ -167,6 +168,24 @@ def test_a_closure_is_evaluated_once() -> None:
     torch.testing.assert_close(total, torch.stack(list(losses.values())).sum())
     assert len(calls) == 1
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+
+
+def test_modes_reach_every_base_that_has_them() -> None:
+    model = LateFusion()
+    audio, visual = list(model.audio.parameters()), list(model.visual.parameters())
+    heads = [p for p in model.parameters() if all(p is not q for q in (*audio, *visual))]
+    averaging = [SGDScheduleFree(audio, lr=0.1), AdamWScheduleFree(heads, lr=0.1)]
+    opt = MMParetoOptimizer([averaging[0], SGD(visual, lr=0.1), averaging[1]])
+    opt.train()
+    trained(model, opt, 3)
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.eval()
+    moved = {id(p) for p, old in zip(model.parameters(), before, strict=True) if not p.equal(old)}
+    assert moved == {id(p) for p in (*audio, *heads)}
+    opt.train()
+    torch.testing.assert_close(list(model.parameters()), before)
+    with pytest.raises(AttributeError, match="train"):  # a single one's own affair
+        MMParetoOptimizer(SGD(visual, lr=0.1)).train()
 
 
 def test_one_in_a_list_is_that_one() -> None:

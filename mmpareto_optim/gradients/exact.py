@@ -167,5 +167,14 @@ def _mend_of(error: str) -> str | None:
             "each loss takes one: set torch._functorch.config.donated_buffer = False before the "
             "first backward"
         ),
+        "fabric.backward(loss)": (
+            " comes from a module that Fabric set up, whose outputs refuse every backward but "
+            "Fabric's with this precision: compute it with the model itself, under "
+            "fabric.autocast()"
+        ),
+        "engine.backward(loss)": (
+            " comes from a DeepSpeed engine, whose outputs refuse every backward but the engine's: "
+            "compute it with engine.module, and see the recipe for DeepSpeed"
+        ),
     }
     return next((mend for sign, mend in mends.items() if sign in error), None)

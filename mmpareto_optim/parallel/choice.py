@@ -50,8 +50,8 @@ class Choice:
         """The processes for some parameters.
 
         Raises:
-            ValueError: parameters of FSDP1; device meshes that do not fit each other or the
-                process group.
+            ValueError: parameters of FSDP1 or of DeepSpeed's ZeRO 3; device meshes that do not
+                fit each other or the process group.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._alone
@@ -61,6 +61,12 @@ class Choice:
                 "the parameters belong to FullyShardedDataParallel (FSDP1), which reduces no "
                 "gradient of a single loss: shard the model with "
                 "torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+        if any(hasattr(param, "ds_status") for param in params):
+            raise ValueError(
+                "the parameters are partitioned by DeepSpeed's ZeRO 3, which leaves them empty "
+                "between its own passes: use ZeRO 1 or 2 as the recipe for DeepSpeed has it, or "
+                "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         # Only where several processes are: the import takes half a second.
         from mmpareto_optim.parallel.dtensors import is_dtensor

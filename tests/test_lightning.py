@@ -1,0 +1,242 @@
+"""Lightning's own machinery around manual optimization: the rate finder, steps, callbacks.
+
+Plain runs, mixed precision and checkpoints are in test_integrations.py.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
+from tests.models import LateFusion, audio_visual_batch
+
+L: Any = pytest.importorskip("lightning", reason="the integrations extra is not installed")
+
+# The library warns of its own affairs.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Configure = Callable[[nn.Module], Any]
+Notes = list[dict[str, Any]]
+
+
+def momentum(model: nn.Module) -> MMParetoOptimizer:
+    return MMParetoOptimizer(SGD(model.parameters(), lr=0.1, momentum=0.9))
+
+
+def bases(model: nn.Module) -> list[Any]:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    return [SGD(matrices, lr=0.1, momentum=0.9), AdamW(rest, lr=0.01)]
+
+
+def several(model: nn.Module) -> MMParetoOptimizer:
+    return MMParetoOptimizer(bases(model))
+
+
+def scheduled(model: nn.Module) -> Any:
+    opt = momentum(model)
+    return [opt], [lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)]
+
+
+class Module(L.LightningModule):  # type: ignore[misc]
+    """The recipe's module, that notes what it does in each step."""
+
+    def __init__(self, model: LateFusion, configure: Configure = momentum) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.configure = model, configure
+        self.notes: Notes = []
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self.model)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        opt = self.optimizers()
+        losses = self.model.losses(batch)
+        opt.optimizer.backward(losses)
+        opt.step()
+        opt.zero_grad()
+        schedule = self.lr_schedulers()
+        if schedule is not None:
+            schedule.step()
+        return torch.stack([loss.detach() for loss in losses.values()]).sum()
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("loss", self.model.losses(batch)["mm"])
+
+    def on_before_optimizer_step(self, opt: Any) -> None:
+        self.notes.append({"opt": opt, "lr": [group["lr"] for group in opt.param_groups]})
+
+
+def loader(batches: int = 8) -> DataLoader[tuple[Tensor, ...]]:
+    torch.manual_seed(3)
+    return DataLoader(TensorDataset(*audio_visual_batch(8 * batches)), batch_size=8)
+
+
+def trainer_of(folder: Path, **options: Any) -> Any:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    alone = {"accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": folder}
+    return L.Trainer(**{"max_epochs": 1, **quiet, **alone, **options})
+
+
+def by_hand(model: LateFusion, opt: MMParetoOptimizer, batches: Iterable[Any]) -> Iterator[None]:
+    """The oracle; pauses after each step."""
+    for batch in batches:
+        opt.step(losses=model.losses(batch))
+        opt.zero_grad()
+        yield
+
+
+def parameters(model: nn.Module) -> list[Tensor]:
+    return [param.detach().clone() for param in model.parameters()]
+
+
+def assert_same(found: nn.Module, expected: nn.Module) -> None:
+    torch.testing.assert_close(parameters(found), parameters(expected), rtol=0, atol=0)
+
+
+def test_the_module_steps_its_schedule(tmp_path: Path) -> None:
+    module = Module(LateFusion(), scheduled)
+    trainer_of(tmp_path).fit(module, loader())
+    assert [note["lr"] for note in module.notes] == [[0.1]] * 3 + [[0.05]] * 3 + [[0.025]] * 2
+
+
+@pytest.mark.parametrize("configure", [momentum, several, scheduled])
+def test_the_rate_finder_sweeps_the_rate(tmp_path: Path, configure: Configure) -> None:
+    """It hands the module its own schedule, which manual optimization steps by itself."""
+    model = LateFusion()
+    module, before = Module(model, configure), deepcopy(model)
+    rates = {"min_lr": 1e-4, "max_lr": 1.0, "num_training": 20}
+    trainer = trainer_of(tmp_path, max_epochs=20)
+    finder = L.pytorch.tuner.Tuner(trainer).lr_find(
+        module, loader(), **rates, early_stop_threshold=None, update_attr=False
+    )
+    assert_same(model, before)
+    used = [note["lr"] for note in module.notes]
+    assert [lr[0] for lr in used] == pytest.approx(finder.results["lr"])
+    assert all(len(set(lr)) == 1 for lr in used)
+    assert used[0][0] == pytest.approx(1e-4)
+    assert used[-1][0] > 0.5
+    assert all(a < b for (a, *_), (b, *_) in pairwise(used))
+    assert torch.tensor(finder.results["loss"]).isfinite().all()
+    module.notes.clear()
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, loader())
+    assert module.notes[0]["lr"] == [group["lr"] for group in fresh(configure).param_groups]
+
+
+def fresh(configure: Configure) -> Any:
+    made = configure(LateFusion())
+    return made[0][0] if isinstance(made, tuple) else made
+
+
+@pytest.mark.parametrize("configure", [momentum, several])
+def test_max_steps_are_steps_of_the_wrapper(tmp_path: Path, configure: Configure) -> None:
+    model = LateFusion()
+    plain = deepcopy(model)
+    module = Module(model, configure)
+    trainer = trainer_of(tmp_path, max_steps=5, max_epochs=-1)
+    trainer.fit(module, loader())
+    assert trainer.global_step == len(module.notes) == 5
+    assert len(list(by_hand(plain, configure(plain), list(loader())[:5]))) == 5
+    assert_same(model, plain)
+
+
+class TwoOptimizers(Module):
+    """Each steps by itself; the integrator fills the gradients of both."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        if index == 0:
+            self.integrator = GradientIntegrator(self.model.parameters())
+        self.integrator.zero_grad()
+        self.integrator.backward(self.model.losses(batch))
+        for opt in self.optimizers():
+            opt.step()
+
+
+def test_two_optimizers_that_step_by_themselves(tmp_path: Path) -> None:
+    """Lightning counts the steps of each."""
+    model = LateFusion()
+    plain = deepcopy(model)
+    trainer = trainer_of(tmp_path, max_steps=10, max_epochs=-1)
+    trainer.fit(TwoOptimizers(model, bases), loader())
+    assert trainer.global_step == 10
+    assert len(list(by_hand(plain, several(plain), list(loader())[:5]))) == 5
+    assert_same(model, plain)
+
+
+class TwoWrappers(Module):
+    """A wrapper for each modality, as of two models that are trained in turn."""
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        for opt in self.optimizers():
+            losses = self.model.losses(batch)
+            opt.optimizer.backward(losses)
+            opt.step()
+            opt.zero_grad()
+
+
+def halves(model: Any) -> list[MMParetoOptimizer]:
+    audio = [*model.audio.parameters(), *model.audio_head.parameters()]
+    rest = [p for p in model.parameters() if all(p is not q for q in audio)]
+    return [MMParetoOptimizer(SGD(params, lr=0.1)) for params in (audio, rest)]
+
+
+def test_two_wrappers(tmp_path: Path) -> None:
+    model = LateFusion()
+    plain = deepcopy(model)
+    trainer = trainer_of(tmp_path)
+    trainer.fit(TwoWrappers(model, halves), loader())
+    assert trainer.global_step == 16
+    wrappers = halves(plain)
+    for batch in loader():
+        for opt in wrappers:
+            opt.step(losses=plain.losses(batch))
+            opt.zero_grad()
+    assert_same(model, plain)
+
+
+def test_weight_averaging(tmp_path: Path) -> None:
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    model = LateFusion()
+    plain = deepcopy(model)
+    averaging = callbacks.EMAWeightAveraging(decay=0.8)
+    options = {"callbacks": [averaging], "val_check_interval": 3}
+    trainer_of(tmp_path, **options).fit(Module(model), loader(), loader(1))
+    average: list[Tensor] = []
+    for _ in by_hand(plain, momentum(plain), loader()):
+        now = parameters(plain)
+        average = [0.8 * a + 0.2 * b for a, b in zip(average or now, now, strict=True)]
+    torch.testing.assert_close(parameters(model), average)
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    """Its threshold is one that training crosses, by the oracle, after some epochs."""
+    plain, seen = LateFusion(), []
+    module = Module(deepcopy(plain))
+    opt = momentum(plain)
+    for _ in range(8):
+        assert len(list(by_hand(plain, opt, loader()))) == 8
+        with torch.no_grad():
+            (held_out,) = loader(1)
+            seen.append(float(plain.losses(held_out)["mm"]))
+    stopping = L.pytorch.callbacks.EarlyStopping(
+        "loss", patience=100, stopping_threshold=(seen[2] + seen[3]) / 2
+    )
+    trainer = trainer_of(tmp_path, max_epochs=8, callbacks=[stopping])
+    trainer.fit(module, loader(), loader(1))
+    assert trainer.current_epoch == 1 + next(
+        epoch for epoch, loss in enumerate(seen) if loss < stopping.stopping_threshold
+    )
+    assert trainer.current_epoch < 8
+    assert trainer.global_step == 8 * trainer.current_epoch
