@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mmpareto_optim import ConflictRecorder, MMParetoOptimizer, plot_conflict
-from mmpareto_optim.insight.recorder import PACK, Row
+from mmpareto_optim.insight.recorder import Row
+from mmpareto_optim.insight.tracks import PACK
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -27,6 +28,7 @@ def expected_rows(opt: MMParetoOptimizer, step: int, epoch: int | None) -> list[
         row: Row = {"step": step, "epoch": epoch, "block": block}
         row["objectives"] = "+".join(stats.objectives)
         row["conflict"] = bool(stats.conflict)
+        row["harmful"] = bool((stats.gram.sum(1) < 0).any())
         row["cosine"] = float(stats.cosine)
         row["min_norm"] = float(stats.min_norm)
         row["scale"] = float(stats.scale.mean())
@@ -54,7 +56,7 @@ def assert_same_rows(found: list[Row], expected: list[Row]) -> None:
 
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.recorder.PACK", 16)
+    monkeypatch.setattr("mmpareto_optim.insight.tracks.PACK", 16)
     model = LateFusion()
     opt = optimizer_of(model, rescale=rescale)
     recorder = ConflictRecorder()
@@ -267,11 +269,11 @@ def test_curves_are_written_once() -> None:
             recorder.record(opt)
         recorder.write_scalars(writer)
     recorder.write_scalars(writer)
-    cosines = [(value, step) for tag, value, step in writer.points if tag == "mm+audio/cosine"]
+    cosines = [(value, step) for tag, value, step in writer.points if tag == "mm-audio/cosine"]
     rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
     assert cosines == [(row["cosine"], row["step"]) for row in rows]
     assert [step for _, step in cosines] == list(range(6))
-    assert {tag for tag, _, _ in writer.points} >= {"mm+visual/norm/visual", "mm+audio/conflict"}
+    assert {tag for tag, _, _ in writer.points} >= {"mm-visual/norm/visual", "mm-audio/conflict"}
 
 
 def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
@@ -283,7 +285,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         recorder.write_scalars(writer)
     events = EventAccumulator(str(tmp_path)).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("mm+audio/cosine")]
+    found = [(event.step, event.value) for event in events.Scalars("mm-audio/cosine")]
     rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
     assert found == [(row["step"], pytest.approx(row["cosine"], rel=1e-6)) for row in rows]
 
