@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import cycle
-from typing import TYPE_CHECKING
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmpareto_optim.insight.flatness import LossSlices
-from mmpareto_optim.insight.recorder import Row
+from mmpareto_optim.insight.recorder import ConflictRecorder, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,14 @@ WORST = 3
 """Curves that are drawn of more."""
 
 
-def plot_conflict(rows: Iterable[Row]) -> Figure:
+class Look(NamedTuple):
+    """Of a curve."""
+
+    colour: str
+    style: str
+
+
+def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     """Cosines over steps, rates of conflict and harm, and norm of the first loss over the others'.
 
     Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
@@ -35,7 +42,8 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
     and a band from the lowest to the highest of the others.
 
     Args:
-        rows: those of :meth:`ConflictRecorder.rows`, in their order.
+        recorded: a recorder, or the rows of :meth:`ConflictRecorder.rows` in their order, which
+            take longer with tens of losses.
 
     Returns:
         A ``matplotlib.figure.Figure`` that no window shows; its ``savefig`` writes it to a file.
@@ -45,6 +53,7 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
         ValueError: no rows.
     """
     blocks: dict[tuple[str, str], list[Row]] = {}
+    rows = recorded.rows_to_plot() if isinstance(recorded, ConflictRecorder) else recorded
     for row in rows:
         blocks.setdefault((row["block"], row["objectives"]), []).append(row)
     if not blocks:
@@ -53,13 +62,13 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
     figure = _figure(3)
     cosine, rate, ratio = figure.subplots(1, 3)
     for number, ((block, _), table) in enumerate(blocks.items()):
-        colour = f"C{number}"
-        _plot_cosines(cosine, block, table, colour)
-        _plot_rates(rate, block, table, colour, by_epoch=by_epoch)
-        _plot_ratios(ratio, block, table, colour)
+        looks = _looks(number, len(blocks))
+        _plot_cosines(cosine, block, table, looks)
+        _plot_rates(rate, block, table, looks[0].colour, by_epoch=by_epoch)
+        _plot_ratios(ratio, block, table, looks)
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(title="Cosine between gradients", xlabel="step")
-    rate.set(title="Steps in conflict, and harmful", ylabel="%", ylim=(0, 100))
+    rate.set(title="Steps in conflict, and harmful", ylabel="%", ylim=(-3, 103))
     rate.set_xlabel("epoch" if by_epoch else "step")
     rate.locator_params(axis="x", integer=True)
     ratio.axhline(1, color="black", linewidth=0.8)
@@ -109,7 +118,7 @@ def _figure(panels: int) -> Figure:
     return Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
 
 
-def _plot_cosines(axes: Axes, block: str, rows: list[Row], colour: str) -> None:
+def _plot_cosines(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
     pairs = [column for column in rows[0] if column.startswith("cosine/")]
     curves = np.array([_moving_mean(_column(rows, column)) for column in pairs])
     labels = [f"{_short(block)}: {_short(column.removeprefix('cosine/'))}" for column in pairs]
@@ -117,10 +126,10 @@ def _plot_cosines(axes: Axes, block: str, rows: list[Row], colour: str) -> None:
         labels = [block]
     steps = _moving_mean(_column(rows, "step"))
     rest = f"{_short(block)}: other pairs"
-    _plot_curves(axes, steps, curves, labels, _mean(curves), rest, colour)
+    _plot_curves(axes, steps, curves, labels, _mean(curves), rest, looks)
 
 
-def _plot_ratios(axes: Axes, block: str, rows: list[Row], colour: str) -> None:
+def _plot_ratios(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
     first, *others = [c.removeprefix("norm/") for c in rows[0] if c.startswith("norm/")]
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = [
@@ -133,7 +142,7 @@ def _plot_ratios(axes: Axes, block: str, rows: list[Row], colour: str) -> None:
         labels = [f"{_short(block)}: {label}" for label in labels]
     steps = _moving_mean(_column(rows, "step"))
     rest = f"{_short(block)}: {first} / others"
-    _plot_curves(axes, steps, np.exp(curves), labels, -np.abs(_mean(curves)), rest, colour)
+    _plot_curves(axes, steps, np.exp(curves), labels, -np.abs(_mean(curves)), rest, looks)
 
 
 def _plot_curves(
@@ -143,16 +152,17 @@ def _plot_curves(
     labels: list[str],
     order: Curve,
     of_rest: str,
-    colour: str,
+    looks: list[Look],
 ) -> None:
     """All curves where they are few; otherwise the first in some order, and where the rest lie."""
     shown = np.arange(len(curves))
     if len(curves) > LINES:
         shown, rest = np.split(np.argsort(order, kind="stable"), [WORST])
         low, high = np.fmin.reduce(curves[rest]), np.fmax.reduce(curves[rest])
-        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0, label=of_rest)
-    for index, style in zip(shown, cycle(STYLES), strict=False):
-        axes.plot(steps, curves[index], color=colour, linestyle=style, label=labels[index])
+        pale: dict[str, Any] = {"color": looks[0].colour, "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(steps, low, high, label=of_rest, **pale)
+    for index, look in zip(shown, looks, strict=False):
+        axes.plot(steps, curves[index], look.colour, linestyle=look.style, label=labels[index])
 
 
 def _plot_rates(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoch: bool) -> None:
@@ -168,6 +178,13 @@ def _plot_rates(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoc
         rates = 100 * np.array([flags[part].mean() for part in parts])
         label = f"{_short(block)}: {column}"
         axes.plot(places, rates, color=colour, marker=".", linestyle=style, label=label)
+
+
+def _looks(number: int, blocks: int) -> list[Look]:
+    """Those of a block's curves: a colour each if there is no other block, otherwise a style."""
+    if blocks == 1:
+        return [Look(f"C{index}", "-") for index in range(LINES)]
+    return [Look(f"C{number}", style) for style in islice(cycle(STYLES), LINES)]
 
 
 def _mean(curves: Curve) -> Curve:

@@ -11,11 +11,22 @@ from torch import Tensor
 
 from mmpareto_optim.insight.summary import Summary, summary_of
 from mmpareto_optim.insight.tags import tags_of
-from mmpareto_optim.insight.tracks import Kind, Track, When, columns_of, curves_of, kind_of
+from mmpareto_optim.insight.tracks import (
+    Kind,
+    Track,
+    When,
+    columns_of,
+    curves_of,
+    kind_of,
+    plotted_of,
+)
 from mmpareto_optim.stats import BlockStats
 
 Row = dict[str, Any]
 """One block at one step."""
+
+Columns = Callable[[BlockStats], dict[str, Tensor]]
+"""From the stats of all steps to columns of the table."""
 
 
 class HasStats(Protocol):
@@ -107,7 +118,11 @@ class ConflictRecorder:
             what they are. Norms are those of the losses as given: of losses times the scale of a
             ``GradScaler`` they are that much longer.
         """
-        return [_row(track.kind, when, values) for track, when, values in self._since(0)]
+        return [_row(*record) for record in self._since(0, columns_of)]
+
+    def rows_to_plot(self) -> list[Row]:
+        """:meth:`rows` without ``alpha`` and ``min_norm``, which take long for tens of losses."""
+        return [_row(*record) for record in self._since(0, plotted_of)]
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write the table; what a block does not have (another's objectives) stays empty."""
@@ -166,9 +181,7 @@ class ConflictRecorder:
                 points.append((f"{blocks[track.kind.block]}/{column}", float(value), when.step))
         return points
 
-    def _since(
-        self, first: int, columns: Callable[[BlockStats], dict[str, Tensor]] = columns_of
-    ) -> list[tuple[Track, When, dict[str, Any]]]:
+    def _since(self, first: int, columns: Columns) -> list[tuple[Track, When, dict[str, Any]]]:
         """Records from that number on, in their order."""
         found = [
             record for track in self._tracks.values() for record in _read(track, first, columns)
@@ -190,7 +203,7 @@ def _stats_of(source: Any) -> Mapping[str, BlockStats]:
 
 
 def _read(
-    track: Track, first: int, columns: Callable[[BlockStats], dict[str, Tensor]]
+    track: Track, first: int, columns: Columns
 ) -> Iterator[tuple[Track, When, dict[str, Any]]]:
     skipped = bisect_left(track.when, (first,))
     found = columns(track.stats(skipped))
@@ -199,11 +212,11 @@ def _read(
         yield track, when, dict(zip(found, values, strict=True))
 
 
-def _row(kind: Kind, when: When, values: dict[str, Any]) -> Row:
+def _row(track: Track, when: When, values: dict[str, Any]) -> Row:
     row = {
         "step": when.step,
         "epoch": when.epoch,
-        "block": kind.block,
-        "objectives": "+".join(map(str, kind.objectives)),
+        "block": track.kind.block,
+        "objectives": "+".join(map(str, track.kind.objectives)),
     }
     return row | values

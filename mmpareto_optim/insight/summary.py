@@ -132,7 +132,17 @@ class Summary:
         return "\n".join([*_aligned(lines), "", *map(_told, self.blocks)])
 
 
-HEAD: tuple[str, ...] = ("block", "", "steps", "conflict", "harmful", "norms", "cosine", "zero", "coefficient")
+HEAD: tuple[str, ...] = (
+    "block",
+    "",
+    "steps",
+    "conflict",
+    "harmful",
+    "norms",
+    "cosine",
+    "zero",
+    "coefficient",
+)
 ACROSS: tuple[str, ...] = ("conflict across", "harmful across")
 
 

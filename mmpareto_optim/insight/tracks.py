@@ -118,47 +118,56 @@ class Track:
             self._loose = []
 
 
-def curves_of(stats: BlockStats) -> dict[str, Tensor]:
-    """The columns that one looks at while training, each of shape ``(steps,)``."""
-    columns = {
-        "conflict": stats.conflict,
-        "harmful": stats.harmful,
-        "cosine": stats.cosine,
-        "scale": stats.scale,
-    }
-    columns |= _across_of(stats)
-    return columns | _each("coefficient", stats.coefficients, stats) | _norms_of(stats)
-
-
 def columns_of(stats: BlockStats) -> dict[str, Tensor]:
     """All columns of the table, each of shape ``(steps,)``."""
-    columns = {
-        "conflict": stats.conflict,
-        "harmful": stats.harmful,
+    return {
+        **_flags(stats),
         "cosine": stats.cosine,
         "min_norm": stats.min_norm,
         "scale": stats.scale,
+        **_across(stats),
+        **_each("alpha", stats.alpha, stats),
+        **_each("coefficient", stats.coefficients, stats),
+        **_each("norm", stats.norms, stats),
+        **_pairs(stats),
     }
-    columns |= _across_of(stats)
-    columns |= _each("alpha", stats.alpha, stats)
-    columns |= _each("coefficient", stats.coefficients, stats)
-    columns |= _norms_of(stats)
-    cosines, names = stats.cosines, stats.objectives
-    for i, j in combinations(range(len(names)), 2):
-        columns[f"cosine/{names[i]}+{names[j]}"] = cosines[:, i, j]
-    return columns
 
 
-def _across_of(stats: BlockStats) -> dict[str, Tensor]:
-    if stats.gram_across is None:
+def curves_of(stats: BlockStats) -> dict[str, Tensor]:
+    """What one looks at while training."""
+    return {
+        **_flags(stats),
+        "cosine": stats.cosine,
+        "scale": stats.scale,
+        **_across(stats),
+        **_each("coefficient", stats.coefficients, stats),
+        **_each("norm", stats.norms, stats),
+    }
+
+
+def plotted_of(stats: BlockStats) -> dict[str, Tensor]:
+    """What the picture shows."""
+    return {**_flags(stats), **_each("norm", stats.norms, stats), **_pairs(stats)}
+
+
+def _flags(stats: BlockStats) -> dict[str, Tensor]:
+    return {"conflict": stats.conflict, "harmful": stats.harmful}
+
+
+def _across(stats: BlockStats) -> dict[str, Tensor]:
+    gram = stats.gram_across
+    if gram is None:
         return {}
-    across = stats.gram_across
-    return {"conflict_across": in_conflict(across), "harmful_across": is_harmful(across)}
-
-
-def _norms_of(stats: BlockStats) -> dict[str, Tensor]:
-    return _each("norm", stats.norms, stats)
+    return {"conflict_across": in_conflict(gram), "harmful_across": is_harmful(gram)}
 
 
 def _each(column: str, values: Tensor, stats: BlockStats) -> dict[str, Tensor]:
     return {f"{column}/{name}": values[:, i] for i, name in enumerate(stats.objectives)}
+
+
+def _pairs(stats: BlockStats) -> dict[str, Tensor]:
+    cosines, names = stats.cosines, stats.objectives
+    return {
+        f"cosine/{names[i]}+{names[j]}": cosines[:, i, j]
+        for i, j in combinations(range(len(names)), 2)
+    }
