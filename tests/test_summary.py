@@ -170,17 +170,25 @@ def test_printed_it_is_a_table() -> None:
 def test_noise_has_columns_where_it_was_measured() -> None:
     param = nn.Parameter(torch.zeros(4))
     integrator = GradientIntegrator([param], measure_noise=True)
-    recorder = ConflictRecorder()
+    recorder, across = ConflictRecorder(), []
+    common = torch.randn(2, 4)
     for step in range(6):
         integrator.zero_grad()
         for _ in range(1 + step % 2):
-            integrator.backward(vectors_as_losses(param, torch.randn(2, 4)))
+            integrator.backward(vectors_as_losses(param, common + torch.randn(2, 4) / 4))
         recorder.record(integrator)
+        if step % 2:
+            (stats,) = integrator.stats.values()
+            assert stats.gram_across is not None
+            across.append(stats.gram_across)
     flags = [row["harmful_across"] for row in recorder.rows() if "harmful_across" in row]
     assert len(flags) == 3
     summary = recorder.summary()
     assert summary.blocks[0].whole.harmful_across == pytest.approx(sum(flags) / 3)
     assert summary.blocks[0].whole.steps == 6
+    gram = torch.stack(across).mean(0)
+    cosine = float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
+    assert summary.blocks[0].whole.cosine_across == pytest.approx(cosine, nan_ok=True)
     assert "harmful across" in str(summary).splitlines()[0]
 
 

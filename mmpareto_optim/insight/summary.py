@@ -36,6 +36,8 @@ class PhaseSummary:
         conflict_across: as ``conflict``, of Gram matrices without the batch's noise
             (``measure_noise=True``); None where no step has one, and so ``harmful_across``.
         harmful_across: as ``harmful``.
+        cosine_across: the smallest cosine in the mean of those Gram matrices over the steps, which
+            says most of the three: one step's estimate is noisy, and its sign says little.
     """
 
     steps: int
@@ -47,6 +49,7 @@ class PhaseSummary:
     largest_coefficient: float
     conflict_across: float | None = None
     harmful_across: float | None = None
+    cosine_across: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ HEAD: tuple[str, ...] = (
     "zero",
     "coefficient",
 )
-ACROSS: tuple[str, ...] = ("conflict across", "harmful across")
+ACROSS: tuple[str, ...] = ("conflict across", "harmful across", "cosine across")
 
 
 def summary_of(tracks: Iterable[Track]) -> Summary:
@@ -183,7 +186,14 @@ def _columns(stats: BlockStats) -> dict[str, Tensor]:
         "largest_coefficient": stats.coefficients.nan_to_num(nan=-math.inf).amax(-1),
         "conflict_across": in_conflict(across).double().masked_fill(~known, torch.nan),
         "harmful_across": is_harmful(across).double().masked_fill(~known, torch.nan),
+        "across": across,
     }
+
+
+def _smallest_cosine(gram: Tensor) -> Tensor:
+    """NaN where the estimate of a square is not positive."""
+    lengths = gram.diagonal().sqrt()
+    return (gram / lengths.unsqueeze(0) / lengths.unsqueeze(1)).amin()
 
 
 def _phase(steps: dict[str, Tensor]) -> PhaseSummary:
@@ -198,6 +208,7 @@ def _phase(steps: dict[str, Tensor]) -> PhaseSummary:
         largest_coefficient=float(steps["largest_coefficient"].max()),
         conflict_across=float(steps["conflict_across"].nanmean()) if known else None,
         harmful_across=float(steps["harmful_across"].nanmean()) if known else None,
+        cosine_across=float(_smallest_cosine(steps["across"].nanmean(0))) if known else None,
     )
 
 
@@ -213,8 +224,10 @@ def _cells(phase: PhaseSummary, *, across: bool) -> tuple[str, ...]:
     )
     if not across:
         return cells
-    shares = (phase.conflict_across, phase.harmful_across)
-    return cells + tuple("" if share is None else _percent(share) for share in shares)
+    if phase.conflict_across is None or phase.harmful_across is None:
+        return (*cells, "", "", "")
+    shares = (_percent(phase.conflict_across), _percent(phase.harmful_across))
+    return (*cells, *shares, f"{phase.cosine_across:.2f}")
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
