@@ -76,9 +76,8 @@ class BlockStats:
     def harmful(self) -> Tensor:
         """Whether the plain sum has a negative product with some gradient, a boolean scalar.
 
-        A small step along the sum then raises that loss. Where it is false, no direction lowers
-        a loss that the sum raises, as there is none: a rule can change how fast the losses fall
-        relative to each other, not whether they fall.
+        A small step along the sum then raises that loss. Where it is false the sum raises none,
+        and another direction can only change how fast each of them falls.
         """
         return is_harmful(self.gram)
 
