@@ -225,6 +225,23 @@ def test_picture_of_many_losses(losses: int) -> None:
     assert (len(ratio.lines), len(ratio.collections)) == ((4, 1) if losses > 7 else (5, 0))
 
 
+def test_picture_of_many_blocks() -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    recorder = ConflictRecorder()
+    for _ in range(20):
+        blocks = [seen(f"mm+{i}", ("mm", str(i))).stats for i in range(9)]
+        recorder.record(Seen(**{name: stats for of in blocks for name, stats in of.items()}))
+    rows, figure = recorder.rows(), plot_conflict(recorder)
+    rates = {
+        f"mm+{i}": sum(row["conflict"] for row in rows if row["block"] == f"mm+{i}")
+        for i in range(9)
+    }
+    labels = [str(line.get_label()) for line in figure.axes[0].lines if len(heights(line)) == 20]
+    assert len(labels) == 6
+    assert sorted(rates[label] for label in labels) == sorted(rates.values())[3:]
+    assert "6 of 9 blocks" in figure.get_suptitle()
+
+
 def test_the_recorder_and_its_rows_give_one_picture() -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     recorder = recorded_training(steps=40)

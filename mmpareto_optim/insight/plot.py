@@ -21,7 +21,7 @@ Curve = NDArray[np.float64]
 STYLES = ("-", "--", ":", "-.")
 PARTS = 20
 LINES = 6
-"""Curves of a block up to which each is drawn."""
+"""Blocks, and curves of a block, up to which each is drawn."""
 WORST = 3
 """Curves that are drawn of more."""
 
@@ -39,7 +39,8 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
     rates are those of twenty equal parts of the training. Of more than six curves of a block,
     pairs of losses or ratios, the three that are lowest or farthest from 1 on average are drawn,
-    and a band from the lowest to the highest of the others.
+    and a band from the lowest to the highest of the others; of more than six blocks those that
+    are most often in conflict.
 
     Args:
         recorded: a recorder, or the rows of :meth:`ConflictRecorder.rows` in their order, which
@@ -61,7 +62,10 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     by_epoch = all(row["epoch"] is not None for table in blocks.values() for row in table)
     figure = _figure(3)
     cosine, rate, ratio = figure.subplots(1, 3)
-    for number, ((block, _), table) in enumerate(blocks.items()):
+    shown = _most_in_conflict(blocks)
+    if len(shown) < len(blocks):
+        figure.suptitle(f"The {len(shown)} of {len(blocks)} blocks most often in conflict")
+    for number, ((block, _), table) in enumerate(shown.items()):
         looks = _looks(number, len(blocks))
         _plot_cosines(cosine, block, table, looks)
         _plot_rates(rate, block, table, looks[0].colour, by_epoch=by_epoch)
@@ -116,6 +120,12 @@ def _figure(panels: int) -> Figure:
             "plotting needs matplotlib: pip install 'mmpareto-optim[plot]'", name="matplotlib"
         ) from error
     return Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
+
+
+def _most_in_conflict(blocks: dict[tuple[str, str], list[Row]]) -> dict[Any, list[Row]]:
+    """In their order, as many blocks as there is room for."""
+    order = sorted(blocks, key=lambda key: -_column(blocks[key], "conflict").mean())
+    return {key: rows for key, rows in blocks.items() if key in order[:LINES]}
 
 
 def _plot_cosines(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:

@@ -141,7 +141,7 @@ HEAD: tuple[str, ...] = (
     "steps",
     "conflict",
     "harmful",
-    "norms",
+    "norm ratio",
     "cosine",
     "zero",
     "coefficient",

@@ -25,5 +25,4 @@ def tags_of(names: Iterable[str]) -> dict[str, str]:
 def _plain(name: str) -> str:
     taken = re.sub(r"[^A-Za-z0-9_\-. /]", "_", name.replace("+", "-"))
     # A path that leads somewhere else is refused, and so is an empty part of one.
-    parts = taken.split("/")
-    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    return "/".join(re.sub(r"^(\.\.|\.?$)", "_", part) for part in taken.split("/"))
