@@ -95,8 +95,11 @@ class BlockStats:
 
 
 def in_conflict(gram: Tensor) -> Tensor:
-    """Whether two of the gradients have a negative product, shape ``(...)`` for ``(..., m, m)``."""
-    return (gram < 0).flatten(-2).any(-1)
+    """Whether two of the gradients have a negative product, shape ``(...)`` for ``(..., m, m)``.
+
+    What is on the diagonal, an estimated square that may be negative, does not count.
+    """
+    return ((gram.tril(-1) + gram.triu(1)) < 0).flatten(-2).any(-1)
 
 
 def is_harmful(gram: Tensor) -> Tensor:

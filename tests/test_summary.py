@@ -181,7 +181,8 @@ def test_noise_has_columns_where_it_was_measured() -> None:
             (stats,) = integrator.stats.values()
             assert stats.gram_across is not None
             across.append(stats.gram_across)
-    flags = [row["harmful_across"] for row in recorder.rows() if "harmful_across" in row]
+    rows = [row for row in recorder.rows() if "harmful_across" in row]
+    flags = [row["harmful"] and row["harmful_across"] for row in rows]
     assert len(flags) == 3
     summary = recorder.summary()
     assert summary.blocks[0].whole.harmful_across == pytest.approx(sum(flags) / 3)

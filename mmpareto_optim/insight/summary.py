@@ -33,11 +33,13 @@ class PhaseSummary:
         cosine: the smallest cosine between two gradients, the median.
         zero: number of steps that gave the block a zero gradient.
         largest_coefficient: what a gradient was multiplied by at most.
-        conflict_across: as ``conflict``, of Gram matrices without the batch's noise
-            (``measure_noise=True``); None where no step has one, and so ``harmful_across``.
-        harmful_across: as ``harmful``.
-        cosine_across: the smallest cosine in the mean of those Gram matrices over the steps, which
-            says most of the three: one step's estimate is noisy, and its sign says little.
+        conflict_across: share of the steps in conflict that are so by ``gram_across`` too
+            (``measure_noise=True``), of all steps that have one; None where none has, and so the
+            next two.
+        harmful_across: share of the harmful steps that are so by ``gram_across`` too.
+        cosine_across: the smallest cosine in the mean of ``gram_across`` over the steps, which
+            says most of the three: the sign of one step's estimate says little. NaN where the
+            estimate of a squared norm is not positive, as the noise hides the gradient.
     """
 
     steps: int
@@ -176,7 +178,8 @@ def _columns(stats: BlockStats) -> dict[str, Tensor]:
     smallest = stats.cosines.nan_to_num(nan=math.inf).flatten(-2).amin(-1)
     gram = stats.gram
     across = torch.full_like(gram, torch.nan) if stats.gram_across is None else stats.gram_across
-    known = across.isfinite().flatten(-2).all(-1)
+    unknown = ~across.isfinite().flatten(-2).all(-1)
+    conflict, harmful = stats.conflict & in_conflict(across), stats.harmful & is_harmful(across)
     return {
         "conflict": stats.conflict,
         "harmful": stats.harmful,
@@ -184,8 +187,8 @@ def _columns(stats: BlockStats) -> dict[str, Tensor]:
         "cosine": smallest.masked_fill(~several, torch.nan),
         "zero": (stats.coefficients == 0).all(-1),
         "largest_coefficient": stats.coefficients.nan_to_num(nan=-math.inf).amax(-1),
-        "conflict_across": in_conflict(across).double().masked_fill(~known, torch.nan),
-        "harmful_across": is_harmful(across).double().masked_fill(~known, torch.nan),
+        "conflict_across": conflict.double().masked_fill(unknown, torch.nan),
+        "harmful_across": harmful.double().masked_fill(unknown, torch.nan),
         "across": across,
     }
 
