@@ -4,6 +4,7 @@ from mmpareto_optim.insight.flatness import LossSlices, loss_slices
 from mmpareto_optim.insight.noise import GradientNoise, gradient_noise
 from mmpareto_optim.insight.plot import plot_conflict, plot_slices
 from mmpareto_optim.insight.recorder import ConflictRecorder
+from mmpareto_optim.insight.summary import BlockSummary, PhaseSummary, Summary
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.rules import (
@@ -21,11 +22,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockStats",
+    "BlockSummary",
     "ConflictRecorder",
     "GradientIntegrator",
     "GradientNoise",
     "LossSlices",
     "MMParetoOptimizer",
+    "PhaseSummary",
+    "Summary",
     "config_coefficients",
     "dualproj_coefficients",
     "gradient_noise",

@@ -13,6 +13,7 @@ from mmpareto_optim.flat.memory import total_of
 from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.parallel.alone import Alone
+from mmpareto_optim.parts import Parts
 from mmpareto_optim.rules import (
     Rule,
     applied_gamma,
@@ -88,6 +89,9 @@ class Integrated:
         grams: from the rows of blocks to their Gram matrices.
         keep: whether ``found`` is needed afterwards; otherwise it is emptied.
 
+    Attributes:
+        grams: by block, the Gram matrices of those that are integrated.
+
     Raises:
         ValueError: an integration function of the user's returns another shape.
     """
@@ -111,9 +115,9 @@ class Integrated:
         self._processes = processes
         self._keep = keep
         flats = self._flattened()
-        self._grams = list(grams(flats)) if flats else []
-        if not callable(method.integration):
-            self._grams = united(self._blocks, self._grams)
+        found_grams = grams(flats) if flats else []
+        self.grams = dict(zip(self._blocks, found_grams, strict=True))
+        self._grams = self._united(list(self.grams.values()))
         self._coefficients = self._solved(flats)
         self._flats: list[Any] | None = flats
         self._stretches: list[Tensor | None] = [None] * len(flats)
@@ -137,8 +141,13 @@ class Integrated:
                 found[position] = found[position] + total if position in found else total
         return {p: self._processes.whole(self._params[p], part) for p, part in found.items()}
 
-    def stats(self) -> dict[str, BlockStats]:
-        """What was seen of each block, after :meth:`gradients`."""
+    def stats(self, parts: Parts | None = None) -> dict[str, BlockStats]:
+        """What was seen of each block, after :meth:`gradients`.
+
+        Args:
+            parts: those that the gradients are sums of, if that is known.
+        """
+        across = self._across(parts)
         found = {}
         for index, block in enumerate(self._blocks):
             gram = self._grams[index]
@@ -149,8 +158,20 @@ class Integrated:
                 self._coefficients[index],
                 self._method.factor if named else 1.0,
                 self._stretches[index],
+                across[index],
             )
         return found
+
+    def _across(self, parts: Parts | None) -> Sequence[Tensor | None]:
+        found = [None if parts is None else parts.across(*pair) for pair in self.grams.items()]
+        known = [gram for gram in found if gram is not None]
+        return self._united(known) if len(known) == len(found) else found
+
+    def _united(self, grams: list[Tensor]) -> list[Tensor]:
+        """Gram matrices of the blocks, or others of their shapes, for a rule that has a name."""
+        if callable(self._method.integration):
+            return grams
+        return united(self._blocks, list(self.grams.values()), grams)
 
     def _flattened(self) -> list[Any]:
         flats = []
@@ -244,14 +265,21 @@ class Integrated:
         return self._method.copies[block.name]
 
 
-def united(blocks: Sequence[Block], grams: Sequence[Tensor]) -> list[Tensor]:
+def united(
+    blocks: Sequence[Block], grams: Sequence[Tensor], added: Sequence[Tensor]
+) -> list[Tensor]:
     """Gram matrices of blocks, added up where the same losses have a gradient other than zero.
 
     A zero gradient counts as an absent loss: one that is multiplied by zero leaves the blocks
     that there are without it, and parameters that the same losses reach are one block. Decided on
     the device. Blocks chosen by hand stay as they are.
+
+    Args:
+        blocks: the blocks.
+        grams: their Gram matrices, which tell what is zero.
+        added: what is added up, of the same shapes: these, or others of the same blocks.
     """
-    total = list(grams)
+    total = list(added)
     for one, block in enumerate(blocks):
         for two, other in enumerate(blocks):
             common = [name for name in block.objectives if name in other.objectives]
@@ -260,7 +288,7 @@ def united(blocks: Sequence[Block], grams: Sequence[Tensor]) -> list[Tensor]:
             here = [block.objectives.index(name) for name in common]
             there = [other.objectives.index(name) for name in common]
             same = _same_present(grams[one], here, grams[two], there)
-            total[one] = total[one] + _moved(grams[two], there, here, len(grams[one]), same)
+            total[one] = total[one] + _moved(added[two], there, here, len(grams[one]), same)
     return total
 
 

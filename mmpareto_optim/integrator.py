@@ -9,15 +9,17 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import Block, Reach, blocks_of
 from mmpareto_optim.flat.memory import secured
-from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside
+from mmpareto_optim.gradients.exact import gradient_of_sum, gradients_of, grads_set_aside
 from mmpareto_optim.gradients.features import AtFeatures, Features, check_features
 from mmpareto_optim.gradients.losses import Losses, check_losses
 from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.groups import as_groups
 from mmpareto_optim.integration import Integrated, Integration, Method, constants_of
+from mmpareto_optim.measuring import Measuring
 from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.choice import Choice, check_member
+from mmpareto_optim.parts import parts_so_far, rows_of_parts
 from mmpareto_optim.report import AtFeatures as Seen
 from mmpareto_optim.report import (
     Blocks,
@@ -56,6 +58,8 @@ class GradientIntegrator:
         rescale: as said.
         process_group: as said.
         average_gradients: as said.
+        measure_every: as said.
+        measure_noise: as said.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
@@ -63,7 +67,7 @@ class GradientIntegrator:
         integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
             integration, by the block's name: the modality, or the names of the losses that
-            reach it joined by ``+``.
+            reach it joined by ``+``. Empty where ``measure_every`` left the last one out.
 
     Raises:
         TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
@@ -84,6 +88,8 @@ class GradientIntegrator:
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        measure_every: int = 1,
+        measure_noise: bool = False,
     ) -> None:
         if not callable(integration) and integration not in NAMES:
             names = ", ".join(f'"{name}"' for name in NAMES)
@@ -100,6 +106,7 @@ class GradientIntegrator:
         self.integration = integration
         self.gamma = gamma
         self.rescale = rescale
+        self._measuring = Measuring(measure_every, measure_noise, integration, gamma)
         self._copies: dict[str, Rule] = {}
         self._choice = Choice(process_group, average_gradients)
         self._modalities: Modalities | None = None
@@ -115,6 +122,7 @@ class GradientIntegrator:
         self._warned = False
         self._reach = Reach()
         self._window: Window | None = None
+        self._measuring.forget()
         self._seen: tuple[Sequence[Tensor], Sequence[Block], Seen] = ((), (), Seen())
 
     def end_window(self) -> None:
@@ -172,35 +180,49 @@ class GradientIntegrator:
         processes = self._choice.of(params)
         with processes.failing_together():
             check_losses(losses)
+            turn = self._measuring.turn(self._window, self.integration, self.gamma)
             modalities = self._checked_modalities(by_hand)
             processes.check_method(self._method().by_tensor, features is not None)
             if features is not None:
                 check_features(features)
-            constants = constants_of(params, self._method(), modalities, features)
+            constants = (
+                *constants_of(params, self._method(), modalities, features),
+                ("measure_every or measure_noise", turn[1:]),
+            )
             with grads_set_aside(params) as foreign:
                 found, at_features = self._differentiated(
-                    losses, features, params, processes, constants, retain_graph
+                    losses, features, params, processes, constants, retain_graph, turn.measured
                 )
         with torch.no_grad():
             if keep:
                 for gradient in (*found.rows.values(), found.plain):
                     secured(gradient)
-            found = processes.averaged(found, params, constants)
+            own, found = found, processes.averaged(found, params, constants)
+            rows = rows_of_parts(own, found, processes) if turn.noise else {}
+            del own
             window = Window(params, found, foreign)
             # Until the new one is complete there is none: whatever raises below (a rule of
             # the user's, say) leaves .grad as it is and ends the accumulation.
             earlier, self._window = self._window, None
             if earlier is not None:
                 window.extend(earlier, processes.on_all)
-            reached = self._reach.of(window.found.rows, params, processes.largest)
-            blocks = blocks_of(reached, params, modalities, window.found.rows)
+            blocks: Sequence[Block] = ()
+            if turn.measured:
+                reached = self._reach.of(window.found.rows, params, processes.largest)
+                blocks = blocks_of(reached, params, modalities, window.found.rows)
             grams = processes.grams
             integrated = Integrated(
                 blocks, params, window.found, self._method(), processes, grams, keep=keep
             )
+            if turn.noise:
+                before = window.carried_on(earlier)
+                window.parts = parts_so_far(rows, params, integrated.grams, before, processes)
+                rows.clear()
             window.write(integrated.gradients(), integrated.gradients if keep else None)
-        self.stats = at_features.stats | integrated.stats()
-        self._seen = (params, blocks, at_features)
+        self.stats = at_features.stats | integrated.stats(window.parts)
+        if turn.measured:
+            self._seen = (params, blocks, at_features)
+        self._measuring.done(turn)
         self._window = window if keep else None
         self.has_integrated = True
         if not self._warned and not callable(self.integration):
@@ -212,7 +234,8 @@ class GradientIntegrator:
                 "a process group cannot be copied or pickled, nor can what holds one: save the "
                 "optimizer's state_dict(), and build it anew"
             )
-        kept = ("param_groups", "integration", "gamma", "rescale", "_copies", "_modalities")
+        settings = ("integration", "gamma", "rescale", "_measuring", "_copies", "_modalities")
+        kept = ("param_groups", *settings)
         state = {name: self.__dict__[name] for name in kept}
         return {**state, "_average_gradients": self._choice.average_gradients}
 
@@ -247,15 +270,20 @@ class GradientIntegrator:
         processes: Alone,
         constants: Any,
         retain_graph: bool,
+        measured: bool,
     ) -> tuple[Gradients, Seen]:
-        """Each loss's gradient on this process, and what was integrated at features."""
+        """Each loss's gradient on this process, and what was integrated at features.
+
+        Not measured, the gradient of the sum in place of each loss's, which passes features by.
+        """
         seen = Seen()
-        if features is None:
+        if features is None or not measured:
             processes.agree(losses, constants)
             others = processes.leaves_not_among(params, losses)
             if not self.has_integrated:
                 warn_of_unheld(others)
-            rows = gradients_of(
+            differentiated = gradients_of if measured else gradient_of_sum
+            rows = differentiated(
                 losses,
                 params,
                 self._describe,

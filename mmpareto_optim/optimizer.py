@@ -63,6 +63,18 @@ class MMParetoOptimizer(Optimizer):
             Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
             and not averaged over the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
+        measure_every: with ``integration="uniform"``, the plain sum, differentiate the losses one
+            by one in every so many steps only, for ``stats``; the first is one of them. In those
+            between, the losses take one backward pass together, as in plain training, and
+            ``stats`` is empty. All micro-batches of a step are treated alike.
+        measure_noise: whether ``stats`` have a ``gram_across``. The products of two gradients of
+            one batch contain the batch's noise, which both have in common. Products of different
+            parts of a batch, micro-batches of an accumulation or shares of several processes, do
+            not. If the parts are drawn independently it is an unbiased estimate of the
+            products of the expected gradients (times the square of a common weight of the parts);
+            for one step a noisy one. It costs a Gram matrix for each micro-batch after the first,
+            or for each backward of several processes, and their gradients before averaging in
+            memory. Gradients at features have none.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
@@ -70,7 +82,8 @@ class MMParetoOptimizer(Optimizer):
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
             ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
-        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive;
+            ``measure_every`` beside another rule than the plain sum; a
             parameter in two modalities, or one that the base does not hold; a
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
@@ -85,6 +98,8 @@ class MMParetoOptimizer(Optimizer):
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        measure_every: int = 1,
+        measure_noise: bool = False,
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
@@ -97,6 +112,8 @@ class MMParetoOptimizer(Optimizer):
             rescale=rescale,
             process_group=process_group,
             average_gradients=average_gradients,
+            measure_every=measure_every,
+            measure_noise=measure_noise,
         )
 
     def step(

@@ -24,6 +24,9 @@ class BlockStats:
         gamma: the factor that ``coefficients`` contain on top of the method's own.
         stretch: with ``rescale="tensor"`` what each parameter tensor was multiplied by after
             that, shape ``(tensors,)``; None otherwise.
+        gram_across: with ``measure_noise=True`` an estimate of ``gram`` without the noise of the
+            batch, shape ``(m, m)``; None where the gradients are not a sum over parts. See
+            :class:`MMParetoOptimizer`.
     """
 
     objectives: tuple[str, ...]
@@ -31,6 +34,7 @@ class BlockStats:
     coefficients: Tensor
     gamma: float = 1.0
     stretch: Tensor | None = None
+    gram_across: Tensor | None = None
 
     @property
     def scale(self) -> Tensor:
@@ -66,7 +70,16 @@ class BlockStats:
     @property
     def conflict(self) -> Tensor:
         """Whether two objectives disagree (a negative inner product), a boolean scalar."""
-        return (self.gram < 0).flatten(-2).any(-1)
+        return in_conflict(self.gram)
+
+    @property
+    def harmful(self) -> Tensor:
+        """Whether the plain sum has a negative product with some gradient, a boolean scalar.
+
+        A small step along the sum then raises that loss. Where it is false the sum raises none,
+        and another direction can only change how fast each of them falls.
+        """
+        return is_harmful(self.gram)
 
     @property
     def alpha(self) -> Tensor:
@@ -79,3 +92,16 @@ class BlockStats:
         alpha = self.alpha
         square = (alpha.unsqueeze(-2) @ self.gram @ alpha.unsqueeze(-1)).squeeze((-2, -1))
         return square.clamp(min=0).sqrt()
+
+
+def in_conflict(gram: Tensor) -> Tensor:
+    """Whether two of the gradients have a negative product, shape ``(...)`` for ``(..., m, m)``.
+
+    What is on the diagonal, an estimated square that may be negative, does not count.
+    """
+    return ((gram.tril(-1) + gram.triu(1)) < 0).flatten(-2).any(-1)
+
+
+def is_harmful(gram: Tensor) -> Tensor:
+    """Whether the plain sum has a negative product with a gradient, as :func:`in_conflict`."""
+    return (gram.sum(-1) < 0).any(-1)

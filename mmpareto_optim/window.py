@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.ground import Gradient, Gradients
+from mmpareto_optim.parts import Parts
 
 Written = Mapping[int, Tensor]
 """By position, what is written to ``.grad``."""
@@ -23,14 +24,22 @@ class Window:
         found: for each loss its gradient, one tensor or None for each parameter, and what is
             added as it is.
         foreign: for each parameter the ``.grad`` to add to, or None.
+        parts: what is known of the parts that ``found`` is the sum of, where that is measured.
+        kept: for each gradient of an earlier window, whether it was added.
     """
 
     def __init__(self, params: Sequence[Tensor], found: Gradients, foreign: Gradient) -> None:
         self.params = params
         self.found = found
         self.foreign = foreign
+        self.parts: Parts | None = None
+        self.kept: Sequence[bool | Tensor] = ()
         self._written: dict[int, tuple[Tensor, int]] = {}
         self._once_more: Callable[[], Written] | None = None
+
+    def goes_on(self) -> bool:
+        """Whether what comes next is added to it, as far as version counters tell."""
+        return any(map(self._seems_untouched, self._written))
 
     def extend(
         self,
@@ -49,6 +58,7 @@ class Window:
         if not kept:
             return
         same = on_all(earlier._untouched([old for _, old in kept]))
+        self.kept = [*same, *[False] * (len(earlier._written) - len(kept))]
         rows = [
             (gradient, self.found.rows.setdefault(name, [None] * len(self.params)))
             for name, gradient in earlier.found.rows.items()
@@ -59,6 +69,12 @@ class Window:
             for gradient, row in rows:
                 row[new] = _added(_chosen(unchanged, gradient[old], None), row[new])
                 gradient[old] = None  # its memory is free for the next sum
+
+    def carried_on(self, earlier: "Window | None") -> Parts | None:
+        """What is known of the parts of an earlier window, as far as they are in this one."""
+        if earlier is None or earlier.parts is None:
+            return None
+        return earlier.parts.carried_on(self.kept)
 
     def write(self, gradients: dict[int, Tensor], once_more: Callable[[], Written] | None) -> None:
         """Make each gradient, and what is foreign, the ``.grad`` of the parameter at its position.

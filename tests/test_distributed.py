@@ -89,6 +89,7 @@ OPTIONS: list[Options] = [
     {"rescale": "tensor"},
     {"integration": "pareto"},
     {"integration": "uniform"},
+    {"integration": "uniform", "measure_every": 2},
 ]
 
 

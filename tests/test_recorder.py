@@ -1,18 +1,21 @@
-"""What was recorded over a training, as a table, curves and a picture."""
+"""What was recorded over a training, as a table."""
 
 import csv
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mmpareto_optim import ConflictRecorder, MMParetoOptimizer, plot_conflict
-from mmpareto_optim.insight.recorder import PACK, Row
+from mmpareto_optim import (
+    ConflictRecorder,
+    GradientIntegrator,
+    MMParetoOptimizer,
+    plot_conflict,
+)
+from mmpareto_optim.insight.recorder import Row
+from mmpareto_optim.insight.tracks import PACK
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -20,13 +23,16 @@ def optimizer_of(model: nn.Module, **options: Any) -> MMParetoOptimizer:
     return MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
-def expected_rows(opt: MMParetoOptimizer, step: int, epoch: int | None) -> list[Row]:
+def expected_rows(
+    opt: MMParetoOptimizer | GradientIntegrator, step: int, epoch: int | None
+) -> list[Row]:
     """The rows of one step from the stats themselves, number by number."""
     rows = []
     for block, stats in opt.stats.items():
         row: Row = {"step": step, "epoch": epoch, "block": block}
         row["objectives"] = "+".join(stats.objectives)
         row["conflict"] = bool(stats.conflict)
+        row["harmful"] = bool((stats.gram.sum(1) < 0).any())
         row["cosine"] = float(stats.cosine)
         row["min_norm"] = float(stats.min_norm)
         row["scale"] = float(stats.scale.mean())
@@ -52,9 +58,20 @@ def assert_same_rows(found: list[Row], expected: list[Row]) -> None:
                 assert one[column] == value, column
 
 
+def recorded_training(steps: int) -> ConflictRecorder:
+    model = LateFusion()
+    opt = optimizer_of(model)
+    recorder = ConflictRecorder()
+    opt.register_step_post_hook(recorder.record)
+    for step in range(steps):
+        recorder.epoch = step // 10
+        opt.step(losses=model.losses(audio_visual_batch(4)))
+    return recorder
+
+
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.recorder.PACK", 16)
+    monkeypatch.setattr("mmpareto_optim.insight.tracks.PACK", 16)
     model = LateFusion()
     opt = optimizer_of(model, rescale=rescale)
     recorder = ConflictRecorder()
@@ -224,7 +241,7 @@ def test_nothing_recorded(tmp_path: Path) -> None:
     assert recorder.rows() == []
     recorder.to_csv(tmp_path / "conflict.csv")
     with pytest.raises(ValueError, match="no rows"):
-        plot_conflict(recorder.rows())
+        plot_conflict(recorder)
 
 
 def test_a_table_for_pandas() -> None:
@@ -236,111 +253,80 @@ def test_a_table_for_pandas() -> None:
     assert frame["norm/visual"].isna().sum() == 3
 
 
-class Curves:
-    """A writer that remembers."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.points.append((tag, scalar_value, global_step))
-
-
-def recorded_training(steps: int) -> ConflictRecorder:
-    model = LateFusion()
-    opt = optimizer_of(model)
-    recorder = ConflictRecorder()
-    opt.register_step_post_hook(recorder.record)
-    for step in range(steps):
-        recorder.epoch = step // 10
-        opt.step(losses=model.losses(audio_visual_batch(4)))
-    return recorder
-
-
-def test_curves_are_written_once() -> None:
-    model = LateFusion()
-    opt = optimizer_of(model)
-    recorder, writer = ConflictRecorder(), Curves()
-    for _ in range(3):
-        for _ in range(2):
-            opt.step(losses=model.losses(audio_visual_batch()))
-            recorder.record(opt)
-        recorder.write_scalars(writer)
-    recorder.write_scalars(writer)
-    cosines = [(value, step) for tag, value, step in writer.points if tag == "mm+audio/cosine"]
-    rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
-    assert cosines == [(row["cosine"], row["step"]) for row in rows]
-    assert [step for _, step in cosines] == list(range(6))
-    assert {tag for tag, _, _ in writer.points} >= {"mm+visual/norm/visual", "mm+audio/conflict"}
-
-
-def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    recorder = recorded_training(steps=3)
-    with SummaryWriter(str(tmp_path)) as writer:
-        recorder.write_scalars(writer)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("mm+audio/cosine")]
-    rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
-    assert found == [(row["step"], pytest.approx(row["cosine"], rel=1e-6)) for row in rows]
-
-
 def test_the_base_instead_of_the_wrapper() -> None:
     opt = optimizer_of(LateFusion())
     with pytest.raises(TypeError, match=r"MMParetoOptimizer.*SGD.*wrapper"):
         ConflictRecorder().record(opt.optimizer)  # type: ignore[arg-type]
 
 
-def heights(line: Any) -> list[float]:
-    values: list[float] = np.asarray(line.get_ydata()).tolist()
-    return values
+@pytest.mark.parametrize("stats", [None, [], {"a": 1}])
+def test_other_stats(stats: Any) -> None:
+    class Other:
+        pass
 
-
-def test_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    rows = recorded_training(steps=40).rows()
-    figure = plot_conflict(rows)
-    cosine, rate, ratio = figure.axes
-    audio = [row for row in rows if row["block"] == "mm+audio"]
-    lines = {line.get_label(): line for line in cosine.lines}
-    # Forty steps are too few to smooth.
-    assert heights(lines["mm+audio"]) == pytest.approx([row["cosine"] for row in audio])
-    by_epoch = [[row["conflict"] for row in audio if row["epoch"] == epoch] for epoch in range(4)]
-    expected = [100 * sum(flags) / len(flags) for flags in by_epoch]
-    assert heights(rate.lines[0]) == pytest.approx(expected)
-    assert rate.get_xlabel() == "epoch"
-    ratios = [row["norm/mm"] / row["norm/audio"] for row in audio]
-    assert heights(ratio.lines[0]) == pytest.approx(ratios)
-    figure.savefig(tmp_path / "conflict.png")
-    assert (tmp_path / "conflict.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_picture_of_many_objectives_without_epochs_and_beside_a_zero_gradient() -> None:
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    param = nn.Parameter(torch.zeros(2))
-    opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
+    source: Any = Other()
+    source.stats = stats
     recorder = ConflictRecorder()
-    for step in range(100):
-        gradients = torch.randn(3, 2)
-        gradients[2] *= step != 50
-        opt.step(losses=vectors_as_losses(param, gradients))
-        recorder.record(opt)
-    assert math.isnan(recorder.rows()[50]["cosine"])
-    cosine, rate, ratio = plot_conflict(recorder.rows()).axes
-    labels = [line.get_label() for line in cosine.lines]
-    assert "loss0+loss1+loss2: loss1+loss2" in labels
-    assert len(labels) == 4
-    assert all(math.isfinite(value) for line in cosine.lines for value in heights(line))
-    assert rate.get_xlabel() == "step"
-    assert len(heights(rate.lines[0])) == 20
-    assert ratio.lines[0].get_label() == "loss0+loss1+loss2: loss0 / loss1"
+    with pytest.raises(TypeError, match="GradientIntegrator has, got Other"):
+        recorder.record(source)
+    assert recorder.step == 0
 
 
-def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = recorded_training(steps=1).rows()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"mmpareto-optim\[plot\]"):
-        plot_conflict(rows)
+def test_an_integrator() -> None:
+    model = LateFusion()
+    integrator = GradientIntegrator(model.parameters())
+    recorder = ConflictRecorder()
+    expected = []
+    for step in range(3):
+        integrator.zero_grad()
+        integrator.backward(model.losses(audio_visual_batch()))
+        recorder.record(integrator)
+        expected += expected_rows(integrator, step, None)
+    assert_same_rows(recorder.rows(), expected)
+
+
+@pytest.mark.parametrize("rescale", ["encoder", "tensor"])
+def test_a_training_that_is_interrupted(rescale: str, tmp_path: Path) -> None:
+    """What was recorded is saved and loaded, and goes on as if nothing had been."""
+    model = LateFusion()
+    opt = optimizer_of(model, rescale=rescale, measure_noise=True)
+    whole, part = ConflictRecorder(), ConflictRecorder()
+    for step in range(8):
+        if step == 4:
+            torch.save(part.state_dict(), tmp_path / "recorder.pt")
+            part.record(opt)  # lost
+            part = ConflictRecorder()
+            part.load_state_dict(torch.load(tmp_path / "recorder.pt", weights_only=True))
+        opt.zero_grad()
+        for _ in range(1 + step % 2):  # with and without products across parts
+            opt.backward(model.losses(audio_visual_batch()))
+        opt.step()
+        for recorder in (whole, part):
+            recorder.epoch = step // 3
+            recorder.record(opt)
+    assert part.rows() == whole.rows()
+    assert part.step == whole.step == 8
+    assert str(part.summary()) == str(whole.summary())
+
+
+def test_a_state_is_no_view() -> None:
+    model = LateFusion()
+    opt = optimizer_of(model)
+    recorder, other = ConflictRecorder(), ConflictRecorder()
+    opt.step(losses=model.losses(audio_visual_batch()))
+    recorder.record(opt)
+    state, before = recorder.state_dict(), recorder.rows()
+    other.load_state_dict(state)
+    state["tracks"][0]["table"].zero_()
+    other.record(opt)
+    assert recorder.rows() == before
+    assert other.rows()[: len(before)] == before
+    assert len(recorder.state_dict()["tracks"][0]["when"]) == 1
+
+
+def test_an_empty_recorder_is_saved_too(tmp_path: Path) -> None:
+    torch.save(ConflictRecorder().state_dict(), tmp_path / "recorder.pt")
+    recorder = recorded_training(steps=2)
+    recorder.load_state_dict(torch.load(tmp_path / "recorder.pt", weights_only=True))
+    assert recorder.rows() == []
+    assert recorder.step == 0

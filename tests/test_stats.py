@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from mmpareto_optim import BlockStats, MMParetoOptimizer, mmpareto_coefficients
@@ -40,6 +42,34 @@ def test_agreement() -> None:
     assert stats.coefficients.tolist() == [2, 2]
 
 
+@given(st.integers(2, 4), st.integers(0, 2**31), st.sampled_from(["uniform", "mmpareto"]))
+def test_harmful_is_where_the_sum_raises_a_loss(m: int, seed: int, rule: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(m, 4, generator=generator, dtype=torch.float64)
+    stats = stats_of(rows.tolist(), integration=rule)
+    rises = [float(row @ rows.sum(0)) < 0 for row in rows]
+    assert bool(stats.harmful) == any(rises)
+    if m == 2:  # cos < -||shorter|| / ||longer||
+        shorter, longer = sorted(stats.norms.tolist())
+        assert bool(stats.harmful) == (float(stats.cosine) < -shorter / longer)
+    assert bool(stats.conflict) or not bool(stats.harmful)
+
+
+@pytest.mark.parametrize(
+    ("rows", "harmful"),
+    [
+        ([[1.0, 0.0], [-1.0, 2.0]], False),  # a conflict that harms nobody
+        ([[1.0, 0.0], [-3.0, 2.0]], True),
+        ([[1.0, 0.0], [-1.0, 0.0]], False),  # the sum is zero
+        ([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]], True),
+    ],
+)
+def test_harmful_steps(rows: list[list[float]], harmful: bool) -> None:
+    stats = stats_of(rows)
+    assert stats.harmful.shape == ()
+    assert bool(stats.harmful) == harmful
+
+
 def test_three_objectives_show_the_worst_pair() -> None:
     stats = stats_of([[1.0, 0.0], [1.0, 1.0], [-1.0, 1.0]])
     assert float(stats.cosine) == pytest.approx(-1 / 2**0.5)
@@ -64,6 +94,7 @@ def test_a_zero_gradient_has_no_cosine() -> None:
     stats = opt.stats["mm+audio"]
     assert math.isnan(float(stats.cosine))
     assert not bool(stats.conflict)
+    assert not bool(stats.harmful)
     assert float(stats.scale) == 1
     assert float(stats.min_norm) == 0
 
@@ -95,6 +126,6 @@ def test_steps_as_a_leading_dimension() -> None:
     each = [
         BlockStats(("a", "b", "c"), *pair, 1.5) for pair in zip(grams, coefficients, strict=True)
     ]
-    for name in ("scale", "norms", "cosines", "cosine", "conflict", "alpha", "min_norm"):
+    for name in ("scale", "norms", "cosines", "cosine", "conflict", "harmful", "alpha", "min_norm"):
         expected = torch.stack([getattr(stats, name) for stats in each])
         torch.testing.assert_close(getattr(together, name), expected, equal_nan=True, msg=name)

@@ -11,6 +11,9 @@ from mmpareto_optim.gradients.graph import edge_of, edges_behind, leaves_behind,
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Describe, Gradient
 
+SUM = "sum of the losses"
+"""What stands for a loss's name where all are differentiated as one."""
+
 Differentiate = Callable[..., Gradient]
 """As :func:`by_autograd`."""
 
@@ -129,13 +132,38 @@ def gradients_of(
                 others=others,
                 retain_graph=retain_graph or name != names[0],
             )
-        for param, gradient in zip(params, found[name], strict=True):
-            if gradient is not None and gradient.layout != torch.strided:
-                raise TypeError(
-                    f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
-                    "gradients can be integrated: build the embedding with sparse=False"
-                )
+        _check_dense(f"loss {name!r} gives", found[name], params, describe)
     return {name: found[name] for name in names}
+
+
+def gradient_of_sum(
+    losses: Mapping[str, Tensor],
+    params: Sequence[Tensor],
+    describe: Describe,
+    differentiate: Differentiate = by_autograd,
+    *,
+    others: Sequence[Tensor] = (),
+    retain_graph: bool = False,
+) -> dict[str, Gradient]:
+    """As :func:`gradients_of`, for all losses together, in one pass, as if they were one."""
+    names = f"losses {list(losses)}"
+    with naming(names):
+        found = differentiate(
+            list(losses.values()), params, others=others, retain_graph=retain_graph
+        )
+    _check_dense(f"one of the {names} gives", found, params, describe)
+    return {SUM: found}
+
+
+def _check_dense(
+    what_gives: str, found: Gradient, params: Sequence[Tensor], describe: Describe
+) -> None:
+    for param, gradient in zip(params, found, strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise TypeError(
+                f"{what_gives} a sparse gradient for {describe(param)}; only dense "
+                "gradients can be integrated: build the embedding with sparse=False"
+            )
 
 
 @contextmanager

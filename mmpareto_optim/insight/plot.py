@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import cycle
-from typing import TYPE_CHECKING
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmpareto_optim.insight.flatness import LossSlices
-from mmpareto_optim.insight.recorder import Row
+from mmpareto_optim.insight.recorder import ConflictRecorder, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,16 +20,31 @@ Curve = NDArray[np.float64]
 
 STYLES = ("-", "--", ":", "-.")
 PARTS = 20
+LINES = 6
+"""Blocks, and curves of a block, up to which each is drawn."""
+WORST = 3
+"""Curves that are drawn of more."""
 
 
-def plot_conflict(rows: Iterable[Row]) -> Figure:
-    """Cosine over steps, conflict rate by epoch, and norm of the first objective over the others'.
+class Look(NamedTuple):
+    """Of a curve."""
+
+    colour: str
+    style: str
+
+
+def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
+    """Cosines over steps, rates of conflict and harm, and norm of the first loss over the others'.
 
     Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
-    conflict rate is that of twenty equal parts of the training.
+    rates are those of twenty equal parts of the training. Of more than six curves of a block,
+    pairs of losses or ratios, the three that are lowest or farthest from 1 on average are drawn,
+    and a band from the lowest to the highest of the others; of more than six blocks those that
+    are most often in conflict.
 
     Args:
-        rows: those of :meth:`ConflictRecorder.rows`, in their order.
+        recorded: a recorder, or the rows of :meth:`ConflictRecorder.rows` in their order, which
+            take longer with tens of losses.
 
     Returns:
         A ``matplotlib.figure.Figure`` that no window shows; its ``savefig`` writes it to a file.
@@ -39,6 +54,7 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
         ValueError: no rows.
     """
     blocks: dict[tuple[str, str], list[Row]] = {}
+    rows = recorded.rows_to_plot() if isinstance(recorded, ConflictRecorder) else recorded
     for row in rows:
         blocks.setdefault((row["block"], row["objectives"]), []).append(row)
     if not blocks:
@@ -46,12 +62,17 @@ def plot_conflict(rows: Iterable[Row]) -> Figure:
     by_epoch = all(row["epoch"] is not None for table in blocks.values() for row in table)
     figure = _figure(3)
     cosine, rate, ratio = figure.subplots(1, 3)
-    for number, ((block, _), table) in enumerate(blocks.items()):
-        _plot_block(cosine, ratio, block, table, f"C{number}")
-        _plot_rate(rate, block, table, f"C{number}", by_epoch=by_epoch)
+    shown = _most_in_conflict(blocks)
+    if len(shown) < len(blocks):
+        figure.suptitle(f"The {len(shown)} of {len(blocks)} blocks most often in conflict")
+    for number, ((block, _), table) in enumerate(shown.items()):
+        looks = _looks(number, len(blocks))
+        _plot_cosines(cosine, block, table, looks)
+        _plot_rates(rate, block, table, looks[0].colour, by_epoch=by_epoch)
+        _plot_ratios(ratio, block, table, looks)
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(title="Cosine between gradients", xlabel="step")
-    rate.set(title="Steps in conflict (cos < 0)", ylabel="%", ylim=(0, 100))
+    rate.set(title="Steps in conflict, and harmful", ylabel="%", ylim=(-3, 103))
     rate.set_xlabel("epoch" if by_epoch else "step")
     rate.locator_params(axis="x", integer=True)
     ratio.axhline(1, color="black", linewidth=0.8)
@@ -101,36 +122,92 @@ def _figure(panels: int) -> Figure:
     return Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
 
 
-def _plot_block(cosine: Axes, ratio: Axes, block: str, rows: list[Row], colour: str) -> None:
-    steps = _column(rows, "step")
+def _most_in_conflict(blocks: dict[tuple[str, str], list[Row]]) -> dict[Any, list[Row]]:
+    """In their order, as many blocks as there is room for."""
+    order = sorted(blocks, key=lambda key: -_column(blocks[key], "conflict").mean())
+    return {key: rows for key, rows in blocks.items() if key in order[:LINES]}
+
+
+def _plot_cosines(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
     pairs = [column for column in rows[0] if column.startswith("cosine/")]
-    for column, style in zip(pairs, cycle(STYLES), strict=False):
-        pair = column.removeprefix("cosine/")
-        label = block if len(pairs) == 1 else f"{block}: {pair}"
-        curve = _moving_mean(_column(rows, column))
-        cosine.plot(_moving_mean(steps), curve, color=colour, linestyle=style, label=label)
-    first, *others = [column for column in rows[0] if column.startswith("norm/")]
-    for column, style in zip(others, cycle(STYLES), strict=False):
-        names = first.removeprefix("norm/"), column.removeprefix("norm/")
-        label = " / ".join(names) if "+".join(names) == block else f"{block}: {' / '.join(names)}"
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logarithm = np.log(_column(rows, first) / _column(rows, column))
-        curve = np.exp(_moving_mean(logarithm))
-        ratio.plot(_moving_mean(steps), curve, color=colour, linestyle=style, label=label)
+    curves = np.array([_moving_mean(_column(rows, column)) for column in pairs])
+    labels = [f"{_short(block)}: {_short(column.removeprefix('cosine/'))}" for column in pairs]
+    if len(pairs) == 1:
+        labels = [block]
+    steps = _moving_mean(_column(rows, "step"))
+    rest = f"{_short(block)}: other pairs"
+    _plot_curves(axes, steps, curves, labels, _mean(curves), rest, looks)
 
 
-def _plot_rate(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoch: bool) -> None:
-    conflict = _column(rows, "conflict")
+def _plot_ratios(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
+    first, *others = [c.removeprefix("norm/") for c in rows[0] if c.startswith("norm/")]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = [
+            np.log(_column(rows, f"norm/{first}") / _column(rows, f"norm/{other}"))
+            for other in others
+        ]
+    curves = np.array([_moving_mean(logarithm) for logarithm in logarithms])
+    labels = [f"{first} / {other}" for other in others]
+    if f"{first}+{others[0]}" != block:
+        labels = [f"{_short(block)}: {label}" for label in labels]
+    steps = _moving_mean(_column(rows, "step"))
+    rest = f"{_short(block)}: {first} / others"
+    _plot_curves(axes, steps, np.exp(curves), labels, -np.abs(_mean(curves)), rest, looks)
+
+
+def _plot_curves(
+    axes: Axes,
+    steps: Curve,
+    curves: Curve,
+    labels: list[str],
+    order: Curve,
+    of_rest: str,
+    looks: list[Look],
+) -> None:
+    """All curves where they are few; otherwise the first in some order, and where the rest lie."""
+    shown = np.arange(len(curves))
+    if len(curves) > LINES:
+        shown, rest = np.split(np.argsort(order, kind="stable"), [WORST])
+        low, high = np.fmin.reduce(curves[rest]), np.fmax.reduce(curves[rest])
+        pale: dict[str, Any] = {"color": looks[0].colour, "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(steps, low, high, label=of_rest, **pale)
+    for index, look in zip(shown, looks, strict=False):
+        axes.plot(steps, curves[index], look.colour, linestyle=look.style, label=labels[index])
+
+
+def _plot_rates(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoch: bool) -> None:
+    steps = _column(rows, "epoch" if by_epoch else "step")
     if by_epoch:
-        epochs = _column(rows, "epoch")
-        places = np.unique(epochs)
-        rates = [conflict[epochs == epoch].mean() for epoch in places]
+        places = np.unique(steps)
+        parts = [np.flatnonzero(steps == place) for place in places]
     else:
         parts = np.array_split(np.arange(len(rows)), min(PARTS, len(rows)))
-        steps = _column(rows, "step")
         places = np.array([steps[part].mean() for part in parts])
-        rates = [conflict[part].mean() for part in parts]
-    axes.plot(places, 100 * np.array(rates), color=colour, marker=".", label=block)
+    for column, style in (("conflict", "-"), ("harmful", "--")):
+        flags = _column(rows, column)
+        rates = 100 * np.array([flags[part].mean() for part in parts])
+        label = f"{_short(block)}: {column}"
+        axes.plot(places, rates, color=colour, marker=".", linestyle=style, label=label)
+
+
+def _looks(number: int, blocks: int) -> list[Look]:
+    """Those of a block's curves: a colour each if there is no other block, otherwise a style."""
+    if blocks == 1:
+        return [Look(f"C{index}", "-") for index in range(LINES)]
+    return [Look(f"C{number}", style) for style in islice(cycle(STYLES), LINES)]
+
+
+def _mean(curves: Curve) -> Curve:
+    """Over the steps of each curve, leaving out what is not finite."""
+    finite = np.isfinite(curves)
+    count = np.maximum(finite.sum(1), 1)
+    mean: Curve = np.where(finite, curves, 0).sum(1) / count
+    return mean
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the picture."""
+    return name if len(name) <= 24 else f"{name[:21]}..."
 
 
 def _column(rows: list[Row], name: str) -> Curve:

@@ -2,23 +2,39 @@
 
 import csv
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import combinations
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from mmpareto_optim.optimizer import MMParetoOptimizer
+from mmpareto_optim.insight.summary import Summary, summary_of
+from mmpareto_optim.insight.tags import tags_of
+from mmpareto_optim.insight.tracks import (
+    Kind,
+    Track,
+    When,
+    columns_of,
+    curves_of,
+    kind_of,
+    plotted_of,
+)
 from mmpareto_optim.stats import BlockStats
 
 Row = dict[str, Any]
 """One block at one step."""
 
-# Small tensors take up to 512 bytes each on a GPU; this many at a time become one.
-PACK = 512
+Columns = Callable[[BlockStats], dict[str, Tensor]]
+"""From the stats of all steps to columns of the table."""
+
+
+class HasStats(Protocol):
+    """What is recorded: a :class:`MMParetoOptimizer`, a :class:`GradientIntegrator`."""
+
+    @property
+    def stats(self) -> Mapping[str, BlockStats]:
+        """What the last integration saw, by block."""
 
 
 class ScalarWriter(Protocol):
@@ -29,7 +45,7 @@ class ScalarWriter(Protocol):
 
 
 class ConflictRecorder:
-    """Collects ``opt.stats`` step by step, for a table, TensorBoard or a picture.
+    """Collects ``opt.stats`` step by step, for a summary, a table, TensorBoard or a picture.
 
     Either one line after each step or a hook, once for the whole training::
 
@@ -38,7 +54,7 @@ class ConflictRecorder:
         for epoch in range(epochs):
             recorder.epoch = epoch
             ...
-        recorder.to_csv("conflict.csv")
+        print(recorder.summary())
 
     Recording waits for nothing: a step adds one small copy a block on the block's device.
     Everything else is computed when it is read, for all steps together. A block of ``m``
@@ -46,7 +62,8 @@ class ConflictRecorder:
     and on the host from then on: 48 MB for two objectives and a million steps.
 
     Attributes:
-        step: number of the next step to be recorded; set it when a training is resumed.
+        step: number of the next step to be recorded; set it when a training is resumed without
+            this recorder's state.
         epoch: what the rows to come have as their epoch.
     """
 
@@ -54,49 +71,58 @@ class ConflictRecorder:
         self.step = 0
         self.epoch: int | None = None
         self._recorded = 0
-        self._written = 0
-        self._tracks: dict[tuple[Any, ...], _Track] = {}
+        self._written = 0  # records whose curves are written
+        self._points_written = 0  # numbers of those that come next, where a writer failed
+        self._tracks: dict[Kind, Track] = {}
 
-    def record(self, optimizer: MMParetoOptimizer, *_hook_arguments: object) -> None:
-        """Add what the last integration of ``optimizer`` saw as one step.
+    def record(self, source: HasStats, *_hook_arguments: object) -> None:
+        """Add what the last integration saw as one step.
 
         Call it once a step, whatever the number of micro-batches before it. A step of which
-        nothing was integrated anew would repeat what the one before it saw.
+        nothing was integrated anew would repeat what the one before it saw. One that was not
+        measured (``measure_every``) is counted and has no rows.
 
         Args:
-            optimizer: its ``stats`` are read. What a step hook is handed beside it is ignored.
+            source: the optimizer or integrator, whose ``stats`` are read. What a step hook is
+                handed beside it is ignored.
 
         Raises:
-            TypeError: ``optimizer`` is not an :class:`MMParetoOptimizer`.
+            TypeError: ``source`` has no ``stats``.
         """
-        if not isinstance(optimizer, MMParetoOptimizer):
-            raise TypeError(
-                f"optimizer must be an MMParetoOptimizer, got {type(optimizer).__name__}: record "
-                "the wrapper, not its base"
-            )
-        when = _When(self._recorded, self.step, self.epoch)
-        for block, stats in optimizer.stats.items():
-            tensorwise = stats.stretch is not None
-            key = (block, stats.objectives, stats.gamma, tensorwise, stats.gram.device)
-            if key not in self._tracks:
-                self._tracks[key] = _Track(block, stats.objectives, stats.gamma)
-            self._tracks[key].append(when, stats)
+        when = When(self._recorded, self.step, self.epoch)
+        for block, stats in _stats_of(source).items():
+            kind = kind_of(block, stats)
+            if kind not in self._tracks:
+                self._tracks[kind] = Track(kind)
+            self._tracks[kind].append(when, stats)
         self._recorded += 1
         self.step += 1
+
+    def summary(self) -> Summary:
+        """What was recorded in a few numbers a block, and whether integration can pay there.
+
+        Printed it is a table with a sentence for each block.
+        """
+        return summary_of(self._tracks.values())
 
     def rows(self) -> list[Row]:
         """The table, in the order of the steps; ``pandas.DataFrame(recorder.rows())`` takes it.
 
         Returns:
             For each step and block a dict of ``step``, ``epoch``, ``block``, ``objectives``
-            (joined by ``+``), ``conflict``, ``cosine`` (the smallest), ``min_norm``,
-            ``scale`` (with ``rescale="tensor"`` the mean over the tensors); for each
-            objective ``alpha/NAME``, ``coefficient/NAME`` and ``norm/NAME``; for each two
-            of them ``cosine/NAME+NAME``. See :class:`BlockStats` for what they are. Norms
-            are those of the losses as given: of losses times the scale of a ``GradScaler``
-            they are that much longer.
+            (joined by ``+``), ``conflict``, ``harmful``, ``cosine`` (the smallest), ``min_norm``,
+            ``scale`` (with ``rescale="tensor"`` the mean over the tensors); with
+            ``measure_noise=True`` ``conflict_across`` and ``harmful_across``, the same of
+            ``gram_across``; for each objective ``alpha/NAME``, ``coefficient/NAME`` and
+            ``norm/NAME``; for each two of them ``cosine/NAME+NAME``. See :class:`BlockStats` for
+            what they are. Norms are those of the losses as given: of losses times the scale of a
+            ``GradScaler`` they are that much longer.
         """
-        return self._rows_since(0)
+        return [_row(*record) for record in self._since(0, columns_of)]
+
+    def rows_to_plot(self) -> list[Row]:
+        """:meth:`rows` without ``alpha`` and ``min_norm``, which take long for tens of losses."""
+        return [_row(*record) for record in self._since(0, plotted_of)]
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write the table; what a block does not have (another's objectives) stays empty."""
@@ -110,99 +136,87 @@ class ConflictRecorder:
     def write_scalars(self, writer: ScalarWriter) -> None:
         """Write what was recorded since the last call as curves, ``BLOCK/COLUMN`` over steps.
 
+        They are what one looks at meanwhile: ``conflict``, ``harmful``, ``cosine``, ``scale``,
+        ``coefficient/NAME`` and ``norm/NAME``, and what is ``across`` parts; :meth:`rows` has all.
+        Names have ``-`` for ``+`` and ``_`` for what MLflow does not take. Where ``add_scalar``
+        raises, the next call goes on with the number that it raised at.
+
         Args:
             writer: has ``add_scalar``: a ``torch.utils.tensorboard.SummaryWriter``, say.
         """
-        for row in self._rows_since(self._written):
-            for column, value in row.items():
-                if column not in ("step", "epoch", "block", "objectives"):
-                    writer.add_scalar(f"{row['block']}/{column}", float(value), row["step"])
-        self._written = self._recorded
+        for tag, value, step in self._points()[self._points_written :]:
+            writer.add_scalar(tag, value, step)
+            self._points_written += 1
+        self._written, self._points_written = self._recorded, 0
 
-    def _rows_since(self, first: int) -> list[Row]:
-        numbered = [pair for track in self._tracks.values() for pair in track.rows_since(first)]
-        numbered.sort(key=lambda pair: pair[0])
-        return [row for _, row in numbered]
-
-
-class _When(NamedTuple):
-    number: int  # counts the calls of record(): the order of the rows
-    step: int
-    epoch: int | None
-
-
-class _Track:
-    """A block's numbers while its objectives and the method's settings stay what they are.
-
-    A record is one flat tensor: the Gram matrix, the coefficients and, with
-    ``rescale="tensor"``, the mean stretch.
-    """
-
-    def __init__(self, block: str, objectives: tuple[str, ...], gamma: float) -> None:
-        self._block = block
-        self._objectives = objectives
-        self._gamma = gamma
-        self._when: list[_When] = []
-        self._packed: list[Tensor] = []
-        self._loose: list[Tensor] = []
-
-    @torch.no_grad()
-    def append(self, when: _When, stats: BlockStats) -> None:
-        parts = [stats.gram.flatten(), stats.coefficients]
-        if stats.stretch is not None:
-            parts.append(stats.stretch.mean().unsqueeze(0))
-        # A copy: the stats may be views that keep more alive, or that the next step overwrites.
-        self._loose.append(torch.cat([part.to(stats.gram, non_blocking=True) for part in parts]))
-        self._when.append(when)
-        if len(self._loose) == PACK:
-            self._pack()
-
-    def rows_since(self, first: int) -> Iterator[tuple[int, Row]]:
-        """Rows of the records from that number on, each with its number."""
-        skipped = bisect_left(self._when, (first,))
-        columns = self._columns(self._read()[skipped:])
-        objectives = "+".join(map(str, self._objectives))
-        numbers = zip(*(values.tolist() for values in columns.values()), strict=True)
-        for when, values in zip(self._when[skipped:], numbers, strict=True):
-            row = {
-                "step": when.step,
-                "epoch": when.epoch,
-                "block": self._block,
-                "objectives": objectives,
-            }
-            yield when.number, row | dict(zip(columns, values, strict=True))
-
-    def _columns(self, table: Tensor) -> dict[str, Tensor]:
-        names = self._objectives
-        m = len(names)
-        gram, coefficients, stretch = table.tensor_split((m * m, m * m + m), dim=1)
-        scale = stretch.squeeze(1) if stretch.shape[1] else None
-        gram = gram.reshape(-1, m, m)
-        stats = BlockStats(names, gram, coefficients, self._gamma, scale)
-        columns = {
-            "conflict": stats.conflict,
-            "cosine": stats.cosine,
-            "min_norm": stats.min_norm,
-            "scale": stats.scale,
+    def state_dict(self) -> dict[str, Any]:
+        """All that was recorded: plain values and tensors, for ``torch.save``."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "recorded": self._recorded,
+            "written": self._written,
+            "points_written": self._points_written,
+            "tracks": [track.state_dict() for track in self._tracks.values()],
         }
-        for column, values in (
-            ("alpha", stats.alpha),
-            ("coefficient", stats.coefficients),
-            ("norm", stats.norms),
-        ):
-            columns |= {f"{column}/{name}": values[:, i] for i, name in enumerate(names)}
-        cosines = stats.cosines
-        for i, j in combinations(range(m), 2):
-            columns[f"cosine/{names[i]}+{names[j]}"] = cosines[:, i, j]
-        return columns
 
-    def _read(self) -> Tensor:
-        """All records, one a row, which are on the host from now on."""
-        self._pack()
-        self._packed = [torch.cat([chunk.cpu() for chunk in self._packed])]
-        return self._packed[0]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where the recorder that gave ``state_dict`` stopped; what is here is dropped."""
+        tracks = [Track.of_state(state) for state in state_dict["tracks"]]
+        self.step, self.epoch = state_dict["step"], state_dict["epoch"]
+        self._recorded = state_dict["recorded"]
+        self._written = state_dict["written"]
+        self._points_written = state_dict["points_written"]
+        self._tracks = {track.kind: track for track in tracks}
 
-    def _pack(self) -> None:
-        if self._loose:
-            self._packed.append(torch.stack(self._loose))
-            self._loose = []
+    def _points(self) -> list[tuple[str, float, int]]:
+        """Tags, values and steps of what has not been written."""
+        blocks = tags_of(kind.block for kind in self._tracks)
+        losses = tags_of(str(name) for kind in self._tracks for name in kind.objectives)
+        points = []
+        for track, when, values in self._since(self._written, curves_of):
+            for column, value in values.items():
+                of, _, loss = column.partition("/")
+                column = f"{of}/{losses[loss]}" if loss else of
+                points.append((f"{blocks[track.kind.block]}/{column}", float(value), when.step))
+        return points
+
+    def _since(self, first: int, columns: Columns) -> list[tuple[Track, When, dict[str, Any]]]:
+        """Records from that number on, in their order."""
+        found = [
+            record for track in self._tracks.values() for record in _read(track, first, columns)
+        ]
+        found.sort(key=lambda record: record[1].number)
+        return found
+
+
+def _stats_of(source: Any) -> Mapping[str, BlockStats]:
+    stats = getattr(source, "stats", None)
+    if not isinstance(stats, Mapping) or not all(
+        isinstance(value, BlockStats) for value in stats.values()
+    ):
+        raise TypeError(
+            "source must have the stats of an integration, as an MMParetoOptimizer or a "
+            f"GradientIntegrator has, got {type(source).__name__}: record the wrapper, not its base"
+        )
+    return stats
+
+
+def _read(
+    track: Track, first: int, columns: Columns
+) -> Iterator[tuple[Track, When, dict[str, Any]]]:
+    skipped = bisect_left(track.when, (first,))
+    found = columns(track.stats(skipped))
+    numbers = zip(*(values.tolist() for values in found.values()), strict=True)
+    for when, values in zip(track.when[skipped:], numbers, strict=True):
+        yield track, when, dict(zip(found, values, strict=True))
+
+
+def _row(track: Track, when: When, values: dict[str, Any]) -> Row:
+    row = {
+        "step": when.step,
+        "epoch": when.epoch,
+        "block": track.kind.block,
+        "objectives": "+".join(map(str, track.kind.objectives)),
+    }
+    return row | values

@@ -18,6 +18,9 @@ class Alone:
     differentiate: Differentiate = staticmethod(by_autograd)
     """How a loss's gradient at the parameters is found on this process."""
 
+    parts = 1
+    """Of how many parts, one a process, the gradients of one backward are the mean."""
+
     leaves_not_among = staticmethod(leaves_not_among)
     """The leaves behind some losses that are not among the parameters."""
 
@@ -77,6 +80,10 @@ class Alone:
     def grams_at_features(self, flats: Sequence[Any]) -> list[Tensor]:
         """Gram matrices of gradients at features, which each process has for its examples."""
         return [flat.gram() for flat in flats]
+
+    def grams_of_parts(self, flats: Sequence[Any]) -> list[Tensor]:
+        """The sum over the parts of their Gram matrices, each as it is in the mean."""
+        return self.grams(flats)
 
     def own_part(self, param: Tensor) -> Tensor:
         """What this process holds of a parameter."""

@@ -29,7 +29,7 @@ class Averaged(Alone):
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
+        self.parts = self.size = dist.get_world_size(group)
         self._plans = Plans(group)
 
     @contextmanager
@@ -89,6 +89,10 @@ class Averaged(Alone):
         """
         grams = summed([flat.gram(quick=False) for flat in flats], [self.group])
         return [gram / self.size**2 for gram in grams]
+
+    def grams_of_parts(self, flats: Sequence[Any]) -> list[Tensor]:
+        """Of this rank's own gradients, each over the number of ranks, summed over the ranks."""
+        return self.grams_at_features(flats)
 
     def same(self, value: Tensor) -> Tensor:
         """The first rank's value."""
