@@ -193,8 +193,10 @@ class GradientIntegrator:
                 found, at_features = self._differentiated(
                     losses, features, params, processes, constants, retain_graph, turn.measured
                 )
+        # What is not measured adds up in .grad itself, as in plain PyTorch.
+        apart = keep and turn.measured
         with torch.no_grad():
-            if keep:
+            if apart:
                 for gradient in (*found.rows.values(), found.plain):
                     secured(gradient)
             own, found = found, processes.averaged(found, params, constants)
@@ -204,7 +206,7 @@ class GradientIntegrator:
             # Until the new one is complete there is none: whatever raises below (a rule of
             # the user's, say) leaves .grad as it is and ends the accumulation.
             earlier, self._window = self._window, None
-            if earlier is not None:
+            if earlier is not None and turn.measured:
                 window.extend(earlier, processes.on_all)
             blocks: Sequence[Block] = ()
             if turn.measured:
@@ -212,13 +214,13 @@ class GradientIntegrator:
                 blocks = blocks_of(reached, params, modalities, window.found.rows)
             grams = processes.grams
             integrated = Integrated(
-                blocks, params, window.found, self._method(), processes, grams, keep=keep
+                blocks, params, window.found, self._method(), processes, grams, keep=apart
             )
             if turn.noise:
                 before = window.carried_on(earlier)
                 window.parts = parts_so_far(rows, params, integrated.grams, before, processes)
                 rows.clear()
-            window.write(integrated.gradients(), integrated.gradients if keep else None)
+            window.write(integrated.gradients(), integrated.gradients if apart else None)
         self.stats = at_features.stats | integrated.stats(window.parts)
         if turn.measured:
             self._seen = (params, blocks, at_features)

@@ -85,7 +85,7 @@ class Window:
         Args:
             gradients: by position; emptied.
             once_more: computes the same gradients again, to tell whether ``.grad`` is still what
-                was written; None if nobody will ask.
+                was written; None if nothing will extend this window.
         """
         before = {position: self.params[position].grad for position in gradients}
         totals = {p: self._with_foreign(p, gradients.pop(p)) for p in list(gradients)}
@@ -97,8 +97,7 @@ class Window:
                 self.params[position].grad = gradient
             raise
         self._once_more = once_more
-        if once_more is not None:
-            self._written = {p: (total, total._version) for p, total in totals.items()}
+        self._written = {p: (total, total._version) for p, total in totals.items()}
 
     def _with_foreign(self, position: int, gradient: Tensor) -> Tensor:
         foreign = self.foreign[position]
