@@ -8,7 +8,8 @@ Methods are interleaved, in an order drawn at random for each round; ratios are 
 ratios within a round, with the interval of that median by order statistics. TorchJD takes its
 MGDA on the losses one at a time, and on all of them in one pass under ``torch.vmap`` ("batched").
 Peak memory is what four steps of one method take beyond the model and the batch, in a process of
-its own, with what PyTorch loads on first use.
+its own, with what PyTorch loads on first use, and where memory that is freed goes back to the
+system (otherwise glibc's heap keeps holes, which are no method's).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,7 +26,8 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
+from typing import Literal
 
 import numpy as np
 import torch
@@ -173,8 +176,8 @@ def torchjd(task: Task, at_once: int | None) -> Step:
     return step
 
 
-def ours(task: Task) -> Step:
-    optimizer = MMParetoOptimizer(base_of(task.model))
+def ours(task: Task, memory: Literal["normal", "low"] = "normal") -> Step:
+    optimizer = MMParetoOptimizer(base_of(task.model), memory=memory)
 
     def step() -> None:
         losses = task.losses_of(task.model)
@@ -190,8 +193,12 @@ METHODS: dict[str, Callable[[Task], Step]] = {
     "TorchJD, one at a time": lambda task: torchjd(task, 1),
     "TorchJD, batched": lambda task: torchjd(task, None),
     "ours": ours,
+    'ours, memory="low"': lambda task: ours(task, "low"),
 }
 FLOOR, PLAIN, RIVALS = "m-backward floor", "plain training", [n for n in METHODS if "JD" in n]
+
+
+CLOCKS = {"wall": perf_counter, "cpu": process_time}
 
 
 def methods() -> list[str]:
@@ -215,10 +222,12 @@ def peak_here(case: str, method: str) -> float:
 
 def peak(case: str, method: str) -> float:
     command = [sys.executable, __file__, "--peak", case, method]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return float(done.stdout)
 
 
-def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
+def measure(case: str, rounds: int | None, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each step, by method."""
     task = task_of(case)
     steps = {m: METHODS[m](Task(deepcopy(task.model), task.losses_of)) for m in methods()}
@@ -229,9 +238,9 @@ def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
     orders = np.random.default_rng(0)
     for _ in track(range(rounds or CASES[case][-1]), description=case):
         for method in orders.permutation(list(steps)):
-            started = perf_counter()
+            started = clock()
             steps[method]()
-            seconds[method].append(perf_counter() - started)
+            seconds[method].append(clock() - started)
     return seconds
 
 
@@ -262,6 +271,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--output", type=Path, default=FOLDER / "MANY_LOSSES.md")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: the process's own time, where others share the machine",
+    )
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "METHOD"), help="print MB and end")
     options = parser.parse_args()
     if options.peak:
@@ -271,13 +286,13 @@ def main() -> None:
     git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    results = {case: measure(case, options.rounds) for case in options.cases}
+    results = {case: measure(case, options.rounds, CLOCKS[options.clock]) for case in options.cases}
     peaks = {case: {m: peak(case, m) for m in methods()} for case in options.cases}
     head = (
         "# Time and memory with many losses\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
-        f"{commit or 'unknown'}. Written by\n`benchmarks/many_losses.py`; its docstring says how "
-        "ratios are made. *x TorchJD* is over the faster of its two ways.\n"
+        f"{commit or 'unknown'}, {options.clock} time. Written "
+        "by `benchmarks/many_losses.py`; its docstring says\nhow ratios are made. *x TorchJD* is over the faster of its two ways.\n"
     )
     tables = (table(case, seconds, peaks[case]) for case, seconds in results.items())
     options.output.write_text("\n".join([head, *tables]))

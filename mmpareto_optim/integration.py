@@ -137,6 +137,16 @@ class Integrated:
                 found[position] = found[position] + total if position in found else total
         return {p: self._processes.whole(self._params[p], part) for p, part in found.items()}
 
+    @property
+    def coefficients(self) -> dict[tuple[str, int], Tensor]:
+        """By objective and position; what is added as it is has none."""
+        return {
+            (name, position): coefficient
+            for block, found in zip(self._blocks, self._coefficients, strict=True)
+            for name, coefficient in zip(block.objectives, found.unbind(), strict=True)
+            for position in block.positions
+        }
+
     def stats(self) -> dict[str, BlockStats]:
         """What was seen of each block, after :meth:`gradients`."""
         found = {}

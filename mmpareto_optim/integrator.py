@@ -22,6 +22,7 @@ from mmpareto_optim.report import AtFeatures as Seen
 from mmpareto_optim.report import Blocks, block_table, describe, settings_of, warn_of_unheld
 from mmpareto_optim.rules import NAMES, Rule, check_gamma
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.twice import Twice, check_twice
 from mmpareto_optim.window import Window
 
 if TYPE_CHECKING:  # not in every build
@@ -49,6 +50,7 @@ class GradientIntegrator:
         rescale: as said.
         process_group: as said.
         average_gradients: as said.
+        memory: as said.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
@@ -60,7 +62,7 @@ class GradientIntegrator:
 
     Raises:
         TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
-        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
             parameter in two modalities, or one that ``params`` does not hold; a
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
@@ -77,6 +79,7 @@ class GradientIntegrator:
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        memory: Literal["normal", "low"] = "normal",
     ) -> None:
         if not callable(integration) and integration not in NAMES:
             names = ", ".join(f'"{name}"' for name in NAMES)
@@ -86,6 +89,8 @@ class GradientIntegrator:
             )
         if rescale not in ("encoder", "tensor"):
             raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
+        if memory not in ("normal", "low"):
+            raise ValueError(f'memory must be "normal" or "low", got {memory!r}')
         if gamma is not None:
             check_gamma(gamma)
         check_member(process_group, average_gradients)
@@ -93,6 +98,7 @@ class GradientIntegrator:
         self.integration = integration
         self.gamma = gamma
         self.rescale = rescale
+        self._memory = memory
         self._copies: dict[str, Rule] = {}
         self._choice = Choice(process_group, average_gradients)
         self._modalities: Modalities | None = None
@@ -146,10 +152,9 @@ class GradientIntegrator:
 
         Where ``torch.compile`` traces the step around it, the graph is broken here.
         """
+        run = self._integrate if self._memory == "normal" else self._integrate_twice
         if torch.compiler.is_compiling():
-            run = torch.compiler.disable(self._integrate)
-        else:
-            run = self._integrate
+            run = torch.compiler.disable(run)
         run(losses, features, param_groups_by_modality, retain_graph, keep)
 
     def _integrate(
@@ -196,13 +201,50 @@ class GradientIntegrator:
         self._window = window if keep else None
         self.has_integrated = True
 
+    def _integrate_twice(
+        self,
+        losses: Losses,
+        features: Features | None,
+        by_hand: Mapping[str, Any] | None,
+        retain_graph: bool,
+        keep: bool,
+    ) -> None:
+        params = self._trainable()
+        processes = self._choice.of(params)
+        check_losses(losses)
+        modalities = self._checked_modalities(by_hand)
+        check_twice(self._method(), processes, features is not None, self._window)
+        with grads_set_aside(params) as foreign:
+            others = processes.leaves_not_among(params, losses)
+            if not self.has_integrated:
+                warn_of_unheld(others)
+            twice = Twice(losses, params, self._describe, others)
+            found = twice.integrated(
+                self._reach, modalities, self._method(), processes, retain_graph=retain_graph
+            )
+        window = Window(params, Gradients({}, []), foreign)
+        with torch.no_grad():
+            window.write(found.gradients, dict if keep else None)
+        self.stats = found.stats
+        self._seen = (params, found.blocks, Seen())
+        self._window = window if keep else None
+        self.has_integrated = True
+
     def __getstate__(self) -> dict[str, Any]:
         if self._choice.process_group is not None:
             raise TypeError(
                 "a process group cannot be copied or pickled, nor can what holds one: save the "
                 "optimizer's state_dict(), and build it anew"
             )
-        kept = ("param_groups", "integration", "gamma", "rescale", "_copies", "_modalities")
+        kept = (
+            "param_groups",
+            "integration",
+            "gamma",
+            "rescale",
+            "_memory",
+            "_copies",
+            "_modalities",
+        )
         state = {name: self.__dict__[name] for name in kept}
         return {**state, "_average_gradients": self._choice.average_gradients}
 

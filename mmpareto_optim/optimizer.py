@@ -63,6 +63,11 @@ class MMParetoOptimizer(Optimizer):
             Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
             and not averaged over the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
+        memory: ``"normal"`` keeps a gradient of each loss for the length of a step; ``"low"`` two
+            gradients, however many losses there are, and differentiates each loss at least
+            twice. The same gradients to rounding. Hooks run once for each pass. Not together with
+            ``features``, ``rescale="tensor"``, several processes, several ``backward`` for one
+            step, or functions whose backward calls ``backward``.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
@@ -70,7 +75,7 @@ class MMParetoOptimizer(Optimizer):
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
             ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
-        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
             parameter in two modalities, or one that the base does not hold; a
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
@@ -85,6 +90,7 @@ class MMParetoOptimizer(Optimizer):
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        memory: Literal["normal", "low"] = "normal",
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
@@ -97,6 +103,7 @@ class MMParetoOptimizer(Optimizer):
             rescale=rescale,
             process_group=process_group,
             average_gradients=average_gradients,
+            memory=memory,
         )
 
     def step(

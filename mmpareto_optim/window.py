@@ -60,6 +60,11 @@ class Window:
                 row[new] = _added(_chosen(unchanged, gradient[old], None), row[new])
                 gradient[old] = None  # its memory is free for the next sum
 
+    @property
+    def is_open(self) -> bool:
+        """Whether any ``.grad`` still seems to be what was written."""
+        return any(map(self._seems_untouched, self._written))
+
     def write(self, gradients: dict[int, Tensor], once_more: Callable[[], Written] | None) -> None:
         """Make each gradient, and what is foreign, the ``.grad`` of the parameter at its position.
 
