@@ -59,8 +59,9 @@ def heads_on(trunk: nn.Module, width: int, given: Tensor, losses: int) -> Task:
 
     def losses_of(model: nn.Module) -> list[Tensor]:
         assert isinstance(model, nn.ModuleDict)
-        features = model["trunk"](given)
-        pairs = zip(model["heads"], targets, strict=True)  # type: ignore[arg-type]
+        features, heads = model["trunk"](given), model["heads"]
+        assert isinstance(heads, nn.ModuleList)
+        pairs = zip(heads, targets, strict=True)
         return [(head(features) - target).square().mean() for head, target in pairs]
 
     return Task(model, losses_of)
@@ -292,7 +293,8 @@ def main() -> None:
         "# Time and memory with many losses\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
         f"{commit or 'unknown'}, {options.clock} time. Written "
-        "by `benchmarks/many_losses.py`; its docstring says\nhow ratios are made. *x TorchJD* is over the faster of its two ways.\n"
+        "by `benchmarks/many_losses.py`; its docstring says\nhow "
+        "ratios are made. *x TorchJD* is over the faster of its two ways.\n"
     )
     tables = (table(case, seconds, peaks[case]) for case, seconds in results.items())
     options.output.write_text("\n".join([head, *tables]))
