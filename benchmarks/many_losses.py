@@ -7,7 +7,7 @@ The *floor* is one backward pass a loss whose gradients are merely added, and th
 Methods are interleaved, in an order drawn at random for each round; ratios are medians of the
 ratios within a round, with the interval of that median by order statistics. TorchJD takes its
 MGDA on the losses one at a time, and on all of them in one pass under ``torch.vmap`` ("batched").
-Peak memory is what four steps of one method take beyond the model and the batch, in a process of
+Peak memory is what two steps of one method take beyond the model and the batch, in a process of
 its own, with what PyTorch loads on first use, and where memory that is freed goes back to the
 system (otherwise glibc's heap keeps holes, which are no method's).
 """
@@ -213,10 +213,10 @@ def task_of(case: str) -> Task:
 
 
 def peak_here(case: str, method: str) -> float:
-    """MB that four steps take in this process; ask in a fresh one."""
+    """MB that two steps take in this process; ask in a fresh one."""
     step = METHODS[method](task_of(case))
     before = resident_high_water()
-    for _ in range(4):
+    for _ in range(2):
         step()
     return resident_high_water() - before
 

@@ -68,7 +68,7 @@ def test_rules_and_numbers_of_losses(integration: str, losses: int) -> None:
         integrator = GradientIntegrator(
             model.parameters(),
             integration=integration,
-            memory=memory,  # type: ignore[arg-type]
+            memory=memory,
         )
         integrator.zero_grad()
         errors = (model(x) - y).square().mean(0)
