@@ -69,10 +69,13 @@ def mmpareto_coefficients(
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
 
     def rule(products: Tensor, present: Tensor) -> Tensor:
+        conflict = (products < 0).flatten(-2).any(-1, keepdim=True)
+        # Elsewhere than on the CPU to look would be to wait for the device.
+        if products.device.type == "cpu" and not bool(conflict.any()):
+            return torch.ones_like(products[..., 0])
         count = present.to(products.dtype).sum(-1, keepdim=True)
         error = count * eps + written
-        common = _common(products, present, error, rounding_of(gram))
-        return torch.where((products < 0).flatten(-2).any(-1, keepdim=True), common, 1.0)
+        return torch.where(conflict, _common(products, present, error, rounding_of(gram)), 1.0)
 
     return of_present(rule, gram, gamma)
 
