@@ -31,6 +31,7 @@ from mmpareto_optim.report import (
 )
 from mmpareto_optim.rules import NAMES, Rule, check_gamma
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.twice import Twice, check_twice
 from mmpareto_optim.window import Window
 
 if TYPE_CHECKING:  # not in every build
@@ -60,6 +61,7 @@ class GradientIntegrator:
         average_gradients: as said.
         measure_every: as said.
         measure_noise: as said.
+        memory: as said.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
@@ -71,7 +73,7 @@ class GradientIntegrator:
 
     Raises:
         TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
-        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive; a
+        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
             parameter in two modalities, or one that ``params`` does not hold; a
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
     """
@@ -90,6 +92,7 @@ class GradientIntegrator:
         average_gradients: bool = True,
         measure_every: int = 1,
         measure_noise: bool = False,
+        memory: Literal["normal", "low"] = "normal",
     ) -> None:
         if not callable(integration) and integration not in NAMES:
             names = ", ".join(f'"{name}"' for name in NAMES)
@@ -99,14 +102,22 @@ class GradientIntegrator:
             )
         if rescale not in ("encoder", "tensor"):
             raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
+        if memory not in ("normal", "low"):
+            raise ValueError(f'memory must be "normal" or "low", got {memory!r}')
         if gamma is not None:
             check_gamma(gamma)
+        if memory == "low" and (measure_every > 1 or measure_noise):
+            raise ValueError(
+                'memory="low" keeps no gradients to measure by: leave out measure_every and '
+                'measure_noise, or use memory="normal"'
+            )
         check_member(process_group, average_gradients)
         self.param_groups = as_groups(params)
         self.integration = integration
         self.gamma = gamma
         self.rescale = rescale
         self._measuring = Measuring(measure_every, measure_noise, integration, gamma)
+        self._memory = memory
         self._copies: dict[str, Rule] = {}
         self._choice = Choice(process_group, average_gradients)
         self._modalities: Modalities | None = None
@@ -162,10 +173,9 @@ class GradientIntegrator:
 
         Where ``torch.compile`` traces the step around it, the graph is broken here.
         """
+        run = self._integrate if self._memory == "normal" else self._integrate_twice
         if torch.compiler.is_compiling():
-            run = torch.compiler.disable(self._integrate)
-        else:
-            run = self._integrate
+            run = torch.compiler.disable(run)
         run(losses, features, param_groups_by_modality, retain_graph, keep)
 
     def _integrate(
@@ -227,8 +237,37 @@ class GradientIntegrator:
         self._measuring.done(turn)
         self._window = window if keep else None
         self.has_integrated = True
-        if not self._warned and not callable(self.integration):
-            self._warned = warn_of_small_gradient(self.stats)
+        self._warn_of_small_gradient()
+
+    def _integrate_twice(
+        self,
+        losses: Losses,
+        features: Features | None,
+        by_hand: Mapping[str, Any] | None,
+        retain_graph: bool,
+        keep: bool,
+    ) -> None:
+        params = self._trainable()
+        processes = self._choice.of(params)
+        check_losses(losses)
+        modalities = self._checked_modalities(by_hand)
+        check_twice(self._method(), processes, features is not None, self._window)
+        with grads_set_aside(params) as foreign:
+            others = processes.leaves_not_among(params, losses)
+            if not self.has_integrated:
+                warn_of_unheld(others)
+            twice = Twice(losses, params, self._describe, others)
+            found = twice.integrated(
+                self._reach, modalities, self._method(), processes, retain_graph=retain_graph
+            )
+        window = Window(params, Gradients({}, []), foreign)
+        with torch.no_grad():
+            window.write(found.gradients, dict if keep else None)
+        self.stats = found.stats
+        self._seen = (params, found.blocks, Seen())
+        self._window = window if keep else None
+        self.has_integrated = True
+        self._warn_of_small_gradient()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._choice.process_group is not None:
@@ -236,8 +275,8 @@ class GradientIntegrator:
                 "a process group cannot be copied or pickled, nor can what holds one: save the "
                 "optimizer's state_dict(), and build it anew"
             )
-        settings = ("integration", "gamma", "rescale", "_measuring", "_copies", "_modalities")
-        kept = ("param_groups", *settings)
+        settings = ("integration", "gamma", "rescale", "_memory", "_measuring")
+        kept = ("param_groups", *settings, "_copies", "_modalities")
         state = {name: self.__dict__[name] for name in kept}
         return {**state, "_average_gradients": self._choice.average_gradients}
 
@@ -333,6 +372,10 @@ class GradientIntegrator:
         seen.stats = integrated.stats()
         seen.objectives = {block.name: block.objectives for block in blocks}
         return [gradients[position] for position in range(len(outputs))]
+
+    def _warn_of_small_gradient(self) -> None:
+        if not self._warned and not callable(self.integration):
+            self._warned = warn_of_small_gradient(self.stats)
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

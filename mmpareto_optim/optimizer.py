@@ -75,6 +75,11 @@ class MMParetoOptimizer(Optimizer):
             for one step a noisy one. It costs a Gram matrix for each micro-batch after the first,
             or for each backward of several processes, and their gradients before averaging in
             memory. Gradients at features have none.
+        memory: ``"normal"`` keeps a gradient of each loss for the length of a step; ``"low"`` two
+            gradients, however many losses there are, and differentiates each loss at least
+            twice. The same gradients to rounding. Hooks run once for each pass. Not together with
+            ``features``, ``rescale="tensor"``, several processes, several ``backward`` for one
+            step, or functions whose backward calls ``backward``.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
@@ -82,7 +87,7 @@ class MMParetoOptimizer(Optimizer):
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
             ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
-        ValueError: unknown ``integration`` or ``rescale``; ``gamma`` not positive;
+        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive;
             ``measure_every`` beside another rule than the plain sum; a
             parameter in two modalities, or one that the base does not hold; a
             ``process_group`` that this process is not in, or with ``average_gradients=False``.
@@ -100,6 +105,7 @@ class MMParetoOptimizer(Optimizer):
         average_gradients: bool = True,
         measure_every: int = 1,
         measure_noise: bool = False,
+        memory: Literal["normal", "low"] = "normal",
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
@@ -114,6 +120,7 @@ class MMParetoOptimizer(Optimizer):
             average_gradients=average_gradients,
             measure_every=measure_every,
             measure_noise=measure_noise,
+            memory=memory,
         )
 
     def step(

@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmpareto_optim import MMParetoOptimizer, mmpareto_coefficients
 from mmpareto_optim.flat.block import FlatBlock
 from mmpareto_optim.flat.combine import _combine_by_numbers, _combine_by_tensors
-from mmpareto_optim.flat.gram import QUICK_CHUNK, _is_beyond_doubt
+from mmpareto_optim.flat.gram import (
+    QUICK_CHUNK,
+    _cosines,
+    _is_beyond_doubt,
+    doubtful_pairs,
+    leads_the_same_way,
+)
+from mmpareto_optim.flat.strips import error_of_float32
 from mmpareto_optim.rules import named_coefficients
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
@@ -127,11 +134,51 @@ def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.usefixtures("matmul_precision")
 def test_the_global_matmul_precision_does_not_matter() -> None:
     param = nn.Parameter(torch.zeros(300_001))
-    rows = torch.randn(3, 300_001)
+    rows = torch.randn(3, 300_001).sign() * (1 + 2**-11)  # signs alone in TF32 and bfloat16
     opt = wrapped(param)
     opt.backward(vectors_as_losses(param, rows))
     (stats,) = opt.stats.values()
-    torch.testing.assert_close(stats.gram, rows.double() @ rows.double().T, rtol=1e-12, atol=1e-9)
+    exact = rows.double() @ rows.double().T
+    torch.testing.assert_close(stats.gram, exact, rtol=0, atol=300_001 * error_of_float32())
+
+
+@given(
+    st.integers(3, 25),
+    st.integers(2**17, 2**17 + 2**12),
+    st.floats(-0.99, 0.99),
+    st.floats(-12, 12),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_gram_matrix_of_many_long_rows(
+    number: int, size: int, common: float, exponent: float, seed: int
+) -> None:
+    """Within the error of float32 products, with the signs of exact ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(number, size, generator=generator) * (1 - abs(common))
+    rows[:2] += common * torch.randn(size, generator=generator)
+    rows[1] *= 1 if common > 0 else -1
+    rows *= 10 ** (exponent * torch.rand(number, 1, generator=generator))
+    exact = rows.double() @ rows.double().T
+    gram = FlatBlock([torch.zeros(size)], [[row] for row in rows]).gram()
+    lengths = exact.diagonal().sqrt()
+    apart = (gram - exact).abs() / lengths / lengths.unsqueeze(-1)
+    assert float(apart.max()) <= error_of_float32()
+    assert ((gram < 0) == (exact < 0)).all()
+    parts = FlatBlock([torch.zeros(size)], [[row] for row in rows]).gram(quick=False)
+    torch.testing.assert_close(
+        parts / lengths / lengths.unsqueeze(-1), _cosines(exact), rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("number", [3, 20])
+def test_many_long_rows_that_float32_leaves_in_doubt_are_multiplied_exactly(number: int) -> None:
+    size = 2**17 + 100
+    rows = torch.randn(number, size)
+    rows[1] = -rows[0] + 1e-4 * rows[1]  # nearly opposite
+    exact = rows.double() @ rows.double().T
+    gram = FlatBlock([torch.zeros(size)], [[row] for row in rows]).gram()
+    torch.testing.assert_close(gram, exact, rtol=1e-12, atol=1e-9)
 
 
 def test_channels_last_parameters_get_channels_last_gradients() -> None:
@@ -286,6 +333,30 @@ def test_float32_products_are_trusted_only_where_their_largest_error_misleads_no
     # The lengths of h and of the sum are each off by at most error / (1 - |cos|).
     length, plain = (c @ true @ c for c in (coefficients, torch.ones_like(coefficients)))
     assert length.sqrt() >= 1.5 * plain.sqrt() * (1 - 0.0105)
+
+
+@given(st.integers(3, 12), st.floats(0, 1), st.floats(-3, 0), st.integers(0, 999), st.booleans())
+@settings(max_examples=500)
+def test_float32_products_of_many_are_trusted_only_where_their_largest_error_misleads_nobody(
+    number: int, common: float, decades: float, seed: int, opposed: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(number, 40, generator=generator, dtype=torch.float64) * (1 - common)
+    rows += (common + 1e-9) * torch.randn(40, generator=generator, dtype=torch.float64)
+    rows[0] *= -1 if opposed else 1
+    rows *= 10 ** (decades * torch.rand(number, 1, generator=generator, dtype=torch.float64))
+    true = rows @ rows.T
+    lengths = true.diagonal().sqrt()
+    off = torch.randint(0, 2, true.shape, generator=generator).triu() * 2 - 1
+    off = off.triu() + off.triu(1).T
+    seen = true + error_of_float32() * off * lengths * lengths.unsqueeze(-1)
+    if doubtful_pairs(seen) or not leads_the_same_way(seen):
+        return
+    assert ((seen < 0) == (true < 0)).all()
+    coefficients = mmpareto_coefficients(seen, eps=torch.finfo(torch.float32).eps)
+    assert (true @ coefficients >= 0).all()
+    length, plain = (c @ true @ c for c in (coefficients, torch.ones_like(coefficients)))
+    assert length.sqrt() >= 1.5 * plain.sqrt() * (1 - 0.041)
 
 
 @given(

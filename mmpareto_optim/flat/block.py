@@ -1,6 +1,7 @@
 """Gradients as flat rows: flatten, Gram matrix, combine, unflatten, a bucket at a time."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,14 +50,14 @@ class FlatBlock:
 
         Their real parts where gradients are complex. Accumulated in float64, which holds
         products of float32 numbers exactly, and which no setting of the float32 matmul
-        precision (TF32, bfloat16) touches. Two long float32 rows on the CPU are multiplied
-        in float32, in half the time, and once more if that leaves a doubt.
+        precision (TF32, bfloat16) touches. Long float32 rows on the CPU are multiplied in
+        float32, in half the time or less, and once more if that leaves a doubt.
 
         Args:
             quick: False for rows that are a part of others, of which there is no telling.
         """
         if quick and may_be_quick(self._buckets, len(self._rows)):
-            found = quick_gram(map(self._flatten, self._buckets))
+            found = quick_gram(partial(map, self._flatten, self._buckets))
             if found is not None:
                 return found
         gram = gram_of(self._flatten(self._buckets[0]))

@@ -56,11 +56,12 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 class Library:
     """The library around a side; one object for the optimizer and for the integrator."""
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, memory: str = "normal") -> None:
         case = side.case
         self.side, self.case = side, case
         self.groups = {k: side.model.encoders[k] for k in case.modalities} or None
         options: dict[str, Any] = {"integration": CALLABLES.get(case.rule, case.rule)}
+        options["memory"] = memory
         options["gamma"] = case.settings.gamma
         options["rescale"] = "tensor" if case.tensorwise else "encoder"
         if self.groups and not case.at_each_call:
