@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mmpareto_optim import MMParetoOptimizer
-from mmpareto_optim.integration import Integration
+from mmpareto_optim.method import Integration
 
 GAMMA = 1.5
 

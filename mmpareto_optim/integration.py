@@ -1,9 +1,8 @@
 """From several gradients for each parameter to one: rows, Gram matrices, coefficients, sums."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,69 +10,11 @@ from torch import Tensor
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.flat.memory import total_of
 from mmpareto_optim.ground import Gradient, Gradients
-from mmpareto_optim.modalities import Modalities
+from mmpareto_optim.method import Method
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parts import Parts
-from mmpareto_optim.rules import (
-    Rule,
-    applied_gamma,
-    default_gamma,
-    mmpareto_on_the_host,
-    named_coefficients,
-)
+from mmpareto_optim.rules import Rule, applied_gamma, mmpareto_on_the_host, named_coefficients
 from mmpareto_optim.stats import BlockStats
-
-Integration = str | Rule
-"""The name of a rule, or a function from a Gram matrix ``(m, m)`` to coefficients ``(m,)``."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """How gradients are integrated; see :class:`MMParetoOptimizer` for the fields.
-
-    Attributes:
-        copies: of a rule with a memory, one for each block.
-    """
-
-    integration: Integration
-    gamma: float | None
-    rescale: Literal["encoder", "tensor"]
-    copies: dict[str, Rule]
-
-    @property
-    def factor(self) -> float:
-        """Gamma, or what it is where nobody chose it."""
-        return default_gamma(self.integration) if self.gamma is None else self.gamma
-
-    @property
-    def by_tensor(self) -> bool:
-        """Whether each tensor is stretched by itself."""
-        return self.integration == "mmpareto" and self.rescale == "tensor"
-
-
-def constants_of(
-    params: Sequence[Tensor],
-    method: Method,
-    modalities: Modalities | None,
-    features: Mapping[str, Tensor] | None,
-) -> Any:
-    """What ranks that train one model have in common, by the names of error messages."""
-    rule: Any = method.integration
-    if callable(rule):
-        rule = getattr(rule, "__name__", type(rule).__name__)
-    chosen = {} if modalities is None else modalities
-    return (
-        ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
-        ("integration, gamma or rescale", (rule, method.factor, method.rescale)),
-        (
-            "param_groups_by_modality",
-            tuple(
-                (name, tuple(index for index, param in enumerate(params) if param in members))
-                for name, members in chosen.items()
-            ),
-        ),
-        ("features", None if features is None else tuple(features)),
-    )
 
 
 class Integrated:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmpareto_optim.at_features import integrated_at
 from mmpareto_optim.blocks import Block, Reach, blocks_of
 from mmpareto_optim.flat.memory import secured
 from mmpareto_optim.gradients.exact import gradient_of_sum, gradients_of, grads_set_aside
@@ -14,8 +15,9 @@ from mmpareto_optim.gradients.features import AtFeatures, Features, check_featur
 from mmpareto_optim.gradients.losses import Losses, check_losses
 from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.groups import as_groups
-from mmpareto_optim.integration import Integrated, Integration, Method, constants_of
-from mmpareto_optim.measuring import Measuring
+from mmpareto_optim.integration import Integrated
+from mmpareto_optim.measuring import Measuring, Turn
+from mmpareto_optim.method import Integration, Method, check_settings, constants_of
 from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.choice import Choice, check_member
@@ -29,13 +31,33 @@ from mmpareto_optim.report import (
     warn_of_small_gradient,
     warn_of_unheld,
 )
-from mmpareto_optim.rules import NAMES, Rule, check_gamma
+from mmpareto_optim.rules import Rule
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.twice import Twice, check_twice
 from mmpareto_optim.window import Window
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
+
+
+class _Call(NamedTuple):
+    """One backward.
+
+    Attributes:
+        params: what is differentiated by.
+        processes: how several processes integrate as one.
+        common: what these have in common, by the names of error messages.
+        modalities: blocks by hand, or None.
+        turn: how it is measured.
+        keep: whether more may be added.
+    """
+
+    params: Sequence[Tensor]
+    processes: Alone
+    common: Any
+    modalities: Modalities | None
+    turn: Turn
+    keep: bool
 
 
 class GradientIntegrator:
@@ -94,31 +116,15 @@ class GradientIntegrator:
         measure_noise: bool = False,
         memory: Literal["normal", "low"] = "normal",
     ) -> None:
-        if not callable(integration) and integration not in NAMES:
-            names = ", ".join(f'"{name}"' for name in NAMES)
-            raise ValueError(
-                f"integration must be {names} or a function from a Gram "
-                f"matrix to coefficients, got {integration!r}"
-            )
-        if rescale not in ("encoder", "tensor"):
-            raise ValueError(f'rescale must be "encoder" or "tensor", got {rescale!r}')
-        if memory not in ("normal", "low"):
-            raise ValueError(f'memory must be "normal" or "low", got {memory!r}')
-        if gamma is not None:
-            check_gamma(gamma)
-        if memory == "low" and (measure_every > 1 or measure_noise):
-            raise ValueError(
-                'memory="low" keeps no gradients to measure by: leave out measure_every and '
-                'measure_noise, or use memory="normal"'
-            )
-        check_member(process_group, average_gradients)
-        self.param_groups = as_groups(params)
         self.integration = integration
         self.gamma = gamma
         self.rescale = rescale
+        self._copies: dict[str, Rule] = {}
+        check_settings(self._method(), memory, measure_every, measure_noise)
+        check_member(process_group, average_gradients)
+        self.param_groups = as_groups(params)
         self._measuring = Measuring(measure_every, measure_noise, integration, gamma)
         self._memory = memory
-        self._copies: dict[str, Rule] = {}
         self._choice = Choice(process_group, average_gradients)
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
@@ -195,49 +201,64 @@ class GradientIntegrator:
             processes.check_method(self._method().by_tensor, features is not None)
             if features is not None:
                 check_features(features)
-            constants = (
+            common = (
                 *constants_of(params, self._method(), modalities, features),
                 ("measure_every or measure_noise", turn[1:]),
             )
+            call = _Call(params, processes, common, modalities, turn, keep)
             with grads_set_aside(params) as foreign:
-                found, at_features = self._differentiated(
-                    losses, features, params, processes, constants, retain_graph, turn.measured
-                )
-        # What is not measured adds up in .grad itself, as in plain PyTorch.
-        apart = keep and turn.measured
+                if features is None or not turn.measured:
+                    found, seen = self._differentiated(losses, call, retain_graph), Seen()
+                else:
+                    found, seen = self._through_features(losses, features, call, retain_graph)
         with torch.no_grad():
-            if apart:
-                for gradient in (*found.rows.values(), found.plain):
-                    secured(gradient)
-            own, found = found, processes.averaged(found, params, constants)
-            rows = rows_of_parts(own, found, processes) if turn.noise else {}
-            del own
-            window = Window(params, found, foreign)
-            # Until the new one is complete there is none: whatever raises below (a rule of
-            # the user's, say) leaves .grad as it is and ends the accumulation.
-            earlier, self._window = self._window, None
-            if earlier is not None and turn.measured:
-                window.extend(earlier, processes.on_all)
-            blocks: Sequence[Block] = ()
             if turn.measured:
-                reached = self._reach.of(window.found.rows, params, processes.largest)
-                blocks = blocks_of(reached, params, modalities, window.found.rows)
-            grams = processes.grams
-            integrated = Integrated(
-                blocks, params, window.found, self._method(), processes, grams, keep=apart
-            )
-            if turn.noise:
-                before = window.carried_on(earlier)
-                window.parts = parts_so_far(rows, params, integrated.grams, before, processes)
-                rows.clear()
-            window.write(integrated.gradients(), integrated.gradients if apart else None)
-        self.stats = at_features.stats | integrated.stats(window.parts)
-        if turn.measured:
-            self._seen = (params, blocks, at_features)
+                self._meet(call, found, foreign, seen)
+            else:
+                self._add(call, found, foreign)
         self._measuring.done(turn)
+        self._done()
+
+    def _meet(self, call: "_Call", found: Gradients, foreign: Gradient, seen: Seen) -> None:
+        """Integrate what has accumulated of each loss where losses meet, and write it."""
+        params, processes, common, modalities, turn, keep = call
+        if keep:
+            for gradient in (*found.rows.values(), found.plain):
+                secured(gradient)
+        own, found = found, processes.averaged(found, params, common)
+        rows = rows_of_parts(own, found, processes) if turn.noise else {}
+        del own
+        window = Window(params, found, foreign)
+        # Until the new one is complete there is none: whatever raises below (a rule of
+        # the user's, say) leaves .grad as it is and ends the accumulation.
+        earlier, self._window = self._window, None
+        if earlier is not None:
+            window.extend(earlier, processes.on_all)
+        reached = self._reach.of(window.found.rows, params, processes.largest)
+        blocks = blocks_of(reached, params, modalities, window.found.rows)
+        grams = processes.grams
+        integrated = Integrated(
+            blocks, params, window.found, self._method(), processes, grams, keep=keep
+        )
+        if turn.noise:
+            before = window.carried_on(earlier)
+            window.parts = parts_so_far(rows, params, integrated.grams, before, processes)
+            rows.clear()
+        window.write(integrated.gradients(), integrated.gradients if keep else None)
+        self.stats = seen.stats | integrated.stats(window.parts)
+        self._seen = (params, blocks, seen)
         self._window = window if keep else None
-        self.has_integrated = True
-        self._warn_of_small_gradient()
+
+    def _add(self, call: "_Call", found: Gradients, foreign: Gradient) -> None:
+        """Write the sum; what is not measured adds up in ``.grad`` itself, as in plain PyTorch."""
+        params, processes, common, *_, keep = call
+        window = Window(params, processes.averaged(found, params, common), foreign)
+        self._window = None
+        grams = processes.grams
+        added = Integrated((), params, window.found, self._method(), processes, grams, keep=False)
+        window.write(added.gradients(), None)
+        self.stats = {}
+        self._window = window if keep else None
 
     def _integrate_twice(
         self,
@@ -253,9 +274,7 @@ class GradientIntegrator:
         modalities = self._checked_modalities(by_hand)
         check_twice(self._method(), processes, features is not None, self._window)
         with grads_set_aside(params) as foreign:
-            others = processes.leaves_not_among(params, losses)
-            if not self.has_integrated:
-                warn_of_unheld(others)
+            others = self._leaves_beside(losses, params, processes)
             twice = Twice(losses, params, self._describe, others)
             found = twice.integrated(
                 self._reach, modalities, self._method(), processes, retain_graph=retain_graph
@@ -266,8 +285,12 @@ class GradientIntegrator:
         self.stats = found.stats
         self._seen = (params, found.blocks, Seen())
         self._window = window if keep else None
+        self._done()
+
+    def _done(self) -> None:
         self.has_integrated = True
-        self._warn_of_small_gradient()
+        if not self._warned and not callable(self.integration):
+            self._warned = warn_of_small_gradient(self.stats)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._choice.process_group is not None:
@@ -303,79 +326,40 @@ class GradientIntegrator:
         """The mean of a loss over the processes that integrate as one."""
         return self._choice.of(self._trainable()).mean(value)
 
-    def _differentiated(
-        self,
-        losses: Losses,
-        features: Features | None,
-        params: Sequence[Tensor],
-        processes: Alone,
-        constants: Any,
-        retain_graph: bool,
-        measured: bool,
-    ) -> tuple[Gradients, Seen]:
-        """Each loss's gradient on this process, and what was integrated at features.
+    def _differentiated(self, losses: Losses, call: "_Call", retain_graph: bool) -> Gradients:
+        """Each loss's gradient on this process; where that is not measured, that of the sum."""
+        params, processes, common, _, turn, _ = call
+        processes.agree(losses, common)
+        rows = (gradients_of if turn.measured else gradient_of_sum)(
+            losses,
+            params,
+            self._describe,
+            processes.differentiate,
+            others=self._leaves_beside(losses, params, processes),
+            retain_graph=retain_graph,
+        )
+        return Gradients(rows, [None] * len(params))
 
-        Not measured, the gradient of the sum in place of each loss's, which passes features by.
-        """
-        seen = Seen()
-        if features is None or not measured:
-            processes.agree(losses, constants)
-            others = processes.leaves_not_among(params, losses)
-            if not self.has_integrated:
-                warn_of_unheld(others)
-            differentiated = gradients_of if measured else gradient_of_sum
-            rows = differentiated(
-                losses,
-                params,
-                self._describe,
-                processes.differentiate,
-                others=others,
-                retain_graph=retain_graph,
-            )
-            return Gradients(rows, [None] * len(params)), seen
-        through = AtFeatures(losses, features, params, self._describe)
-        seen.behind = through.behind
+    def _through_features(
+        self, losses: Losses, features: Features, call: "_Call", retain_graph: bool
+    ) -> tuple[Gradients, Seen]:
+        """Gradients that were integrated at the features, and what was seen there."""
+        through = AtFeatures(losses, features, call.params, self._describe)
+        seen = Seen(behind=through.behind)
         if not self.has_integrated:
             warn_of_unheld(through.others)
-        integrate_at = partial(self._integrated_at, seen, processes, constants)
-        return through.gradients(integrate_at, retain_graph=retain_graph), seen
-
-    @torch.no_grad()
-    def _integrated_at(
-        self,
-        seen: Seen,
-        processes: Alone,
-        constants: Any,
-        features: Features,
-        rows: dict[str, Gradient],
-    ) -> list[Tensor]:
-        """One gradient for each feature, each a block of its own."""
-        outputs = [feature.detach() for feature in features.values()]
-        rows = processes.united(rows, outputs, constants)
-        for position, name in enumerate(features):
-            if all(row[position] is None for row in rows.values()):
-                raise ValueError(
-                    f"no loss reaches feature {name!r}: give the very tensor that the heads are "
-                    "called with, or leave it out"
-                )
-        reached = self._reach.of(rows, list(features), processes.largest_at_features)
-        blocks = [
-            Block(name, reached[position], (position,), by_hand=True)
-            for position, name in enumerate(features)
-        ]
-        grams = processes.grams_at_features
-        found = Gradients(rows, [None] * len(outputs))
-        integrated = Integrated(
-            blocks, outputs, found, self._method(), processes, grams, keep=False
+        integrate = partial(
+            integrated_at, self._reach, self._method(), call.processes, call.common, seen
         )
-        gradients = integrated.gradients()
-        seen.stats = integrated.stats()
-        seen.objectives = {block.name: block.objectives for block in blocks}
-        return [gradients[position] for position in range(len(outputs))]
+        return through.gradients(integrate, retain_graph=retain_graph), seen
 
-    def _warn_of_small_gradient(self) -> None:
-        if not self._warned and not callable(self.integration):
-            self._warned = warn_of_small_gradient(self.stats)
+    def _leaves_beside(
+        self, losses: Losses, params: Sequence[Tensor], processes: Alone
+    ) -> Sequence[Tensor]:
+        others = processes.leaves_not_among(params, losses)
+        if not self.has_integrated:
+            warn_of_unheld(others)
+        return others
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

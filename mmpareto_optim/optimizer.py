@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from mmpareto_optim.contract import check_step, handing_self, naming_need_of_a_graph, of_held
 from mmpareto_optim.gradients.losses import Losses
-from mmpareto_optim.integration import Integration
 from mmpareto_optim.integrator import GradientIntegrator
+from mmpareto_optim.method import Integration
 from mmpareto_optim.report import Blocks, warn_of_no_losses
 from mmpareto_optim.several import as_one
 from mmpareto_optim.stats import BlockStats

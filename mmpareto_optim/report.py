@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmpareto_optim.blocks import Block
-from mmpareto_optim.integration import Method
+from mmpareto_optim.method import Method
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.stats import BlockStats
 

@@ -21,7 +21,8 @@ from mmpareto_optim.flat.block import FlatBlock
 from mmpareto_optim.gradients.exact import gradients_of
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Describe, Gradient, Gradients, gradient_dtype
-from mmpareto_optim.integration import Integrated, Method
+from mmpareto_optim.integration import Integrated
+from mmpareto_optim.method import Method
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.stats import BlockStats
