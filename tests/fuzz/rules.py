@@ -126,6 +126,8 @@ def _combine_finite(
         for near in _neighbours(flat, gram, dtypes)
     ]
     doubt = _vanishing(gram, settings, dtypes)
+    near = _kept_clear(gram, dtypes)
+    clear = _weighted(rows, coefficients(near, settings), near, settings)
     combined = []
     for t, value in enumerate(values):
         terms = [abs(weights[i]) * sizes[i][t] for i in range(len(rows))]
@@ -133,10 +135,23 @@ def _combine_finite(
         if len(set(weights.tolist())) > 1:
             # In conflict the direction keeps clear of the rounding of the coarsest dtype written.
             scale *= max(TOLERANCE[d] for d in dtypes) / TOLERANCE[dtypes[t]]
+            room = float(np.linalg.norm(clear[t] - value))
+            scale = max(scale, 2 * room / TOLERANCE[dtypes[t]])
         moved = max(float(np.linalg.norm(other[t] - value)) for other in others)
         edge = "" if moved <= TOLERANCE[dtypes[t]] * scale / 4 else "at a jump of the rule"
         combined.append((value, scale, doubt or edge))
     return combined
+
+
+def _kept_clear(gram: Array, dtypes: Sequence[torch.dtype]) -> Array:
+    """The Gram matrix with each cosine less the rounding of what is written in bfloat16.
+
+    The library's direction has its products with the gradients to spare, so that they do not turn
+    negative there.
+    """
+    rounding = 2.0**-9 if torch.bfloat16 in dtypes else 0.0
+    size = np.sqrt(np.diag(gram))
+    return gram - rounding * np.outer(size, size)
 
 
 def _weighted(
