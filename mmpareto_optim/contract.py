@@ -1,11 +1,12 @@
 """Small parts of torch.optim's contract, for an optimizer around a base."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -80,6 +81,17 @@ def naming_need_of_a_graph(base: Optimizer, integrated: Callable[[], bool]) -> I
             "backward(create_graph=True), and integrated gradients have no graph: take a base of "
             "first derivatives, or one whose step takes an estimate of the Hessian (docs/faq.md)"
         ) from error
+
+
+def check_differentiated(result: Any, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise RuntimeError if a closure returned a loss and left no gradient anywhere."""
+    if not isinstance(result, Tensor) or not result.requires_grad:
+        return
+    if all(param.grad is None for group in groups for param in group["params"]):
+        raise RuntimeError(
+            "the closure returned a loss and left no gradient: return the mapping of losses, or "
+            "call backward() in it"
+        )
 
 
 @cache

@@ -3,11 +3,16 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     """What ``torch.optim`` takes as ``params``, as dicts of lists of tensors."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params must be parameters, got the module {type(params).__name__}: give its "
+            ".parameters() or .named_parameters()"
+        )
     items = list(params)
     if not items:
         raise ValueError("params is empty: give the parameters whose gradients are integrated")

@@ -88,6 +88,7 @@ class GradientIntegrator:
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
         has_integrated: whether there has been a backward.
+        most_losses: how many losses there have been at most in a backward.
         integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
             integration, by the block's name: the modality, or the names of the losses that
@@ -136,7 +137,9 @@ class GradientIntegrator:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.stats = {}
         self.has_integrated = False
+        self.most_losses = 0
         self._warned = False
+        self._order: dict[str, None] = {}
         self._reach = Reach()
         self._window: Window | None = None
         self._measuring.forget()
@@ -195,7 +198,7 @@ class GradientIntegrator:
         params = self._trainable()
         processes = self._choice.of(params)
         with processes.failing_together():
-            check_losses(losses)
+            losses = self._in_order(losses)
             turn = self._measuring.turn(self._window, self.integration, self.gamma)
             modalities = self._checked_modalities(by_hand)
             processes.check_method(self._method().by_tensor, features is not None)
@@ -270,7 +273,7 @@ class GradientIntegrator:
     ) -> None:
         params = self._trainable()
         processes = self._choice.of(params)
-        check_losses(losses)
+        losses = self._in_order(losses)
         modalities = self._checked_modalities(by_hand)
         check_twice(self._method(), processes, features is not None, self._window)
         with grads_set_aside(params) as foreign:
@@ -360,6 +363,13 @@ class GradientIntegrator:
         if not self.has_integrated:
             warn_of_unheld(others)
         return others
+
+    def _in_order(self, losses: Losses) -> Losses:
+        """The losses in the order in which their names first came: it is that of all rows."""
+        check_losses(losses)
+        self.most_losses = max(self.most_losses, len(losses))
+        self._order |= dict.fromkeys(losses)
+        return {name: losses[name] for name in self._order if name in losses}
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

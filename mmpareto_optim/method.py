@@ -75,6 +75,11 @@ def check_settings(method: Method, memory: str, measure_every: int, measure_nois
         raise ValueError(f'rescale must be "encoder" or "tensor", got {method.rescale!r}')
     if method.gamma is not None:
         check_gamma(method.gamma)
+        if callable(rule):
+            raise ValueError(
+                f"gamma={method.gamma} is a factor on the rules that have a name: multiply the "
+                "coefficients of your function by it, and leave gamma out"
+            )
     if memory not in ("normal", "low"):
         raise ValueError(f'memory must be "normal" or "low", got {memory!r}')
     if memory == "low" and (measure_every > 1 or measure_noise):

@@ -1,9 +1,10 @@
 """Blocks chosen by hand: what a user may give as ``param_groups_by_modality``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Modalities = dict[str, dict[Tensor, str]]
 """For each modality its parameters, each with a name for error messages."""
@@ -13,7 +14,7 @@ def parameters_by_modality(groups: Any) -> Modalities:
     """Resolve ``param_groups_by_modality`` to named parameters.
 
     Args:
-        groups: a mapping from a modality's name to a module, to parameters, or to
+        groups: a mapping from a modality's name to a module or several, to parameters, or to
             ``(name, parameter)`` pairs. Generators are read once, here.
 
     Raises:
@@ -23,7 +24,7 @@ def parameters_by_modality(groups: Any) -> Modalities:
     if not isinstance(groups, Mapping):
         raise TypeError(
             "param_groups_by_modality must be a mapping from a modality's name to a module "
-            f"or its parameters, got {type(groups).__name__}"
+            f"or its parameters, got {type(groups).__name__}{_if_optimizer(groups)}"
         )
     if not groups:
         raise ValueError(
@@ -67,17 +68,32 @@ def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
     else:
         items = [entry]
     params: dict[Tensor, str] = {}
-    for index, item in enumerate(items):
+    for index, item in enumerate(_flattened(items)):
         name, param = item if _is_pair(item) else (str(index), item)
         if not isinstance(param, Tensor):
             raise TypeError(
-                f"modality {modality!r} must be a module, parameters or (name, parameter) "
+                f"modality {modality!r} must be modules, parameters or (name, parameter) "
                 f"pairs, got {type(param).__name__}"
             )
         params[param] = f"{name!r} of shape {tuple(param.shape)}"
     if not params:
         raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
     return params
+
+
+def _flattened(items: Iterable[Any]) -> Iterator[Any]:
+    """Modules give way to their named parameters."""
+    for index, item in enumerate(items):
+        if isinstance(item, nn.Module):
+            yield from ((f"{index}.{name}", param) for name, param in item.named_parameters())
+        else:
+            yield item
+
+
+def _if_optimizer(given: Any) -> str:
+    if not isinstance(given, Optimizer):
+        return ""
+    return ": several optimizers go in one list, as in MMParetoOptimizer([muon, adamw])"
 
 
 def _is_pair(item: Any) -> bool:

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmpareto_optim.contract import check_step, handing_self, naming_need_of_a_graph, of_held
+from mmpareto_optim.contract import (
+    check_differentiated,
+    check_step,
+    handing_self,
+    naming_need_of_a_graph,
+    needs_closure,
+    of_held,
+)
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.method import Integration
-from mmpareto_optim.report import Blocks, warn_of_no_losses
+from mmpareto_optim.report import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
 from mmpareto_optim.several import as_one
 from mmpareto_optim.stats import BlockStats
 
@@ -109,7 +116,7 @@ class MMParetoOptimizer(Optimizer):
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
-        self._steps_without_losses: int | None = 0
+        self._idle_steps: int | None = 0
         self._integrator = GradientIntegrator(
             self.optimizer.param_groups,
             param_groups_by_modality,
@@ -122,6 +129,9 @@ class MMParetoOptimizer(Optimizer):
             measure_noise=measure_noise,
             memory=memory,
         )
+        plain = integration == "uniform" and gamma in (None, 1)
+        if needs_closure(type(self.optimizer).step) and not plain:
+            warn_of_line_search(type(self.optimizer).__name__)
 
     def step(
         self,
@@ -167,7 +177,6 @@ class MMParetoOptimizer(Optimizer):
         param_groups_by_modality: Mapping[str, Any] | None,
     ) -> Any:
         check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
-        self._count_steps_without_losses(losses)
         if losses is not None:
             self._current().integrate(losses, features, param_groups_by_modality, keep=False)
         with naming_need_of_a_graph(self.optimizer, lambda: self._integrator.has_integrated):
@@ -176,6 +185,7 @@ class MMParetoOptimizer(Optimizer):
             else:
                 result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
         self._integrator.end_window()
+        self._count_idle_steps()
         return result
 
     def backward(
@@ -305,7 +315,7 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_integrator", "_steps_without_losses")
+        names = ("optimizer", "_integrator", "_idle_steps")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -316,17 +326,15 @@ class MMParetoOptimizer(Optimizer):
         self._integrator.param_groups = self.optimizer.param_groups
         return self._integrator
 
-    def _count_steps_without_losses(self, losses: Losses | None) -> None:
-        """One hint to who wrapped an optimizer and trains on as before."""
-        if self._steps_without_losses is None:
+    def _count_idle_steps(self) -> None:
+        """Steps in which there was nothing to integrate, until there has been."""
+        if self._idle_steps is None:
             return
-        if losses is not None or self._integrator.has_integrated:
-            self._steps_without_losses = None
-            return
-        self._steps_without_losses += 1
-        if self._steps_without_losses == 10:
-            self._steps_without_losses = None
-            warn_of_no_losses()
+        losses = self._integrator.most_losses
+        self._idle_steps = self._idle_steps + 1 if losses < 2 else None
+        if self._idle_steps == 10:
+            self._idle_steps = None
+            warn_of_nothing_to_integrate(losses)
 
     def _integrating(
         self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None
@@ -334,6 +342,7 @@ class MMParetoOptimizer(Optimizer):
         def evaluate() -> Any:
             losses = closure()
             if not isinstance(losses, Mapping):
+                check_differentiated(losses, self.param_groups)
                 return losses
             self.backward(losses, param_groups_by_modality=param_groups_by_modality)
             # What a line search decides by must be the same on all ranks.

@@ -1,6 +1,5 @@
 """What the user is told of blocks and parameters."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from mmpareto_optim.blocks import Block
 from mmpareto_optim.method import Method
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.told import warn
 
 SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
@@ -26,7 +26,8 @@ class BlockInfo:
     """One block of the last backward.
 
     Attributes:
-        name: as in ``stats``: the modality or feature, or the objectives joined by ``+``.
+        name: as in ``stats``: the modality or feature, or the objectives joined by ``+``. What
+            no loss reaches is told last, as ``(no loss)`` and ``(frozen)``.
         objectives: names of the losses that reach it.
         parameters: their names, or their places in ``param_groups`` and shapes.
         numbers: how many numbers they have together.
@@ -46,6 +47,8 @@ class Blocks(tuple[BlockInfo, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
+        if not self:
+            return "no backward yet"
         head = ("block", "losses", "numbers", "", "parameters")
         lines = [head, *(_line(block) for block in self)]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
@@ -93,6 +96,14 @@ def block_table(
         found.append(
             _info(block.name, block.objectives, members, groups, integrated=block.integrated)
         )
+    held = dict.fromkeys(param for group in groups for param in group["params"])
+    known = {params[position] for block in blocks for position in block.positions}
+    known.update(*at_features.behind.values())
+    rest = [param for param in held if param not in known]
+    for name, of in (("(no loss)", True), ("(frozen)", False)):
+        members = [param for param in rest if param.requires_grad is of]
+        if found and members:
+            found.append(_info(name, (), members, groups, integrated=False))
     return Blocks(found)
 
 
@@ -103,21 +114,40 @@ def warn_of_unheld(leaves: Sequence[Tensor]) -> None:
         return
     shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
     more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
-    warnings.warn(
+    warn(
         f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
         f"{more}: they get no gradient. Give all optimizers, as in MMParetoOptimizer([muon, "
         "adamw]), use GradientIntegrator(model.parameters()), or freeze them with "
-        "requires_grad_(False)",
-        stacklevel=2,
+        "requires_grad_(False)"
     )
 
 
-def warn_of_no_losses() -> None:
-    """One hint to who wrapped an optimizer and trains on as before."""
-    warnings.warn(
+def warn_of_nothing_to_integrate(losses: int) -> None:
+    """One hint to who wrapped an optimizer and trains on as before.
+
+    Args:
+        losses: how many there were at most, 0 or 1.
+    """
+    if losses:
+        warn(
+            "this MMParetoOptimizer has stepped 10 times and was only ever given one loss, so "
+            'there is nothing to integrate: if the loss is a sum, give its terms, as in {"mm": '
+            'loss, "audio": audio_loss}'
+        )
+        return
+    warn(
         "this MMParetoOptimizer has stepped 10 times and was never given losses, so it "
-        "does what its base does: call step(losses={...}), or backward({...}) and step()",
-        stacklevel=2,
+        "does what its base does: call step(losses={...}), or backward({...}) and step()"
+    )
+
+
+def warn_of_line_search(base: str) -> None:
+    """A warning of a base that takes what is integrated for the gradient of the sum of losses."""
+    warn(
+        f"{base} takes .grad for the gradient of the summed losses that the closure gives, and an "
+        "integrated gradient is the gradient of no function: its curvature and its line search "
+        'are wrong then, and it stalls or diverges. Use integration="uniform" with it, or another '
+        "base"
     )
 
 
@@ -141,12 +171,12 @@ def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
             if norms[place] > SMALL * max(norms):
                 continue
             loss = of_block.objectives[place]
-            warnings.warn(
+            warn(
                 f"block {block!r}: the gradient of loss {loss!r} is so small that it is "
                 f"multiplied by {largest:.1e}, as a common direction has to lower that loss too. "
                 "A term that is no task (an entropy bonus, a penalty) is better added to another "
-                'loss, as in {"policy": policy_loss - 0.01 * entropy}',
-                stacklevel=2,
+                'loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that is nearly '
+                "solved needs no more say, and a larger weight gives it less"
             )
             return True
     return False
@@ -197,6 +227,6 @@ def _line(block: BlockInfo) -> tuple[str, ...]:
         block.name,
         ", ".join(map(str, block.objectives)),
         f"{block.numbers:,}",
-        "integrated" if block.integrated else "added",
+        "integrated" if block.integrated else "added" if block.objectives else "",
         f"{listed} and {more} more" if more > 0 else listed,
     )

@@ -242,3 +242,43 @@ def test_an_integrator_clears_gradients_as_torch_optim_does() -> None:
     assert all(grad is not None and (grad == 0).all() for grad in grads(model))
     integrator.zero_grad()
     assert grads(model) == [None] * len(list(model.parameters()))
+
+
+def test_the_table_tells_what_no_loss_reaches() -> None:
+    model, batch = LateFusion(), audio_visual_batch()
+    model.visual.requires_grad_(False)
+    opt = MMParetoOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1))
+    assert str(opt.blocks) == "no backward yet"
+    losses = model.losses(batch)
+    opt.backward({"mm": losses["mm"], "audio": losses["audio"]})
+    told = {block.name: (block.objectives, block.parameters) for block in opt.blocks}
+    assert told["(no loss)"] == ((), ("visual_head.weight", "visual_head.bias"))
+    assert told["(frozen)"][1] == tuple(f"visual.{n}" for n, _ in model.visual.named_parameters())
+    assert sum(block.numbers for block in opt.blocks) == sum(p.numel() for p in model.parameters())
+
+
+def test_blocks_are_named_by_the_order_in_which_losses_first_came() -> None:
+    model, batch = LateFusion(), audio_visual_batch()
+    opt = MMParetoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        integration=lambda gram: torch.tensor([2.0, 0.0]).to(gram),  # of the joint loss alone
+    )
+    opt.backward(model.losses(batch))
+    first, names = grads(model), list(opt.stats)
+    opt.zero_grad()
+    opt.backward(dict(reversed(model.losses(batch).items())))
+    assert list(opt.stats) == names == ["mm+audio", "mm+visual"]
+    for one, other in zip(grads(model), first, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_block_may_be_several_modules() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), {"both": [model.audio, model.visual]}
+    )
+    opt.backward(model.losses(audio_visual_batch()))
+    assert opt.blocks[0].objectives == ("mm", "audio", "visual")
+    assert opt.blocks[0].numbers == sum(
+        p.numel() for m in (model.audio, model.visual) for p in m.parameters()
+    )

@@ -97,7 +97,7 @@ MODALITIES: dict[str, tuple[Callable[[LateFusion], Any], type[Exception], str]] 
     "not parameters": (
         lambda m: {"audio": ["weight"]},
         TypeError,
-        "modality 'audio' must be a module.*got str",
+        "modality 'audio' must be modules.*got str",
     ),
     "a number": (lambda m: {"audio": 3}, TypeError, "modality 'audio' must be.*got int"),
     "in two": (
@@ -215,10 +215,16 @@ def test_losses_and_a_closure() -> None:
 
 def test_lbfgs_without_a_closure() -> None:
     model = LateFusion()
-    opt = MMParetoOptimizer(torch.optim.LBFGS(model.parameters()))
+    opt = MMParetoOptimizer(torch.optim.LBFGS(model.parameters()), integration="uniform")
     with pytest.raises(TypeError, match=r"LBFGS evaluates the losses.*step\(closure\)"):
         opt.step(losses=model.losses(audio_visual_batch()))
     assert all(param.grad is None for param in model.parameters())
+
+
+def test_gamma_beside_a_function() -> None:
+    base = torch.optim.SGD(LateFusion().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"gamma=1.5 is a factor on the rules that have a name"):
+        MMParetoOptimizer(base, integration=lambda gram: gram[0], gamma=1.5)
 
 
 def test_a_group_of_one_process_is_none(tmp_path: Path) -> None:

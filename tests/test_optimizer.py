@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -92,7 +93,8 @@ def test_uniform_is_the_summed_backward(base: str) -> None:
 
 def test_lbfgs_re_evaluates_the_losses() -> None:
     model, batch = LateFusion(), audio_visual_batch()
-    opt = MMParetoOptimizer(torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=10))
+    base = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=10)
+    opt = MMParetoOptimizer(base, integration="uniform")
     calls = []
 
     def closure() -> Losses:
@@ -106,6 +108,16 @@ def test_lbfgs_re_evaluates_the_losses() -> None:
     assert len(calls) > 5
     opt.step(closure)
     assert calls[-1] < 0.8 * calls[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"integration": "uniform", "gamma": 1.5}])
+def test_lbfgs_is_told_of_gradients_that_are_those_of_no_function(options: dict[str, Any]) -> None:
+    base = torch.optim.LBFGS(LateFusion().parameters())
+    with pytest.warns(UserWarning, match=r'LBFGS takes .grad .*integration="uniform"'):
+        MMParetoOptimizer(base, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MMParetoOptimizer(base, integration="uniform")
 
 
 def test_a_closure_may_do_its_own_backward() -> None:

@@ -212,6 +212,10 @@ def test_mistakes() -> None:
         MMParetoOptimizer([SGD(matrices, lr=0.1), torch.optim.LBFGS(rest)])
     with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got list"):
         MMParetoOptimizer([SGD(matrices, lr=0.1), rest])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"several optimizers go in one list"):
+        MMParetoOptimizer(*bases(model))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got the module LateFusion: give its .parameters\(\)"):
+        GradientIntegrator(model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="empty list"):
         MMParetoOptimizer([])
     opt = MMParetoOptimizer(bases(model))
@@ -264,6 +268,27 @@ def test_one_hint_to_who_never_gives_losses() -> None:
         used.backward(model.losses(audio_visual_batch()))
         for _ in range(20):
             used.step()
+
+
+def test_one_hint_to_who_gives_a_sum() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            losses = list(model.losses(audio_visual_batch()).values())
+            opt.step(losses={"sum": torch.stack(losses).sum()})
+    assert [str(each.message).partition(",")[0] for each in told] == [
+        "this MMParetoOptimizer has stepped 10 times and was only ever given one loss"
+    ]
+    assert told[0].filename == __file__
+
+
+def test_a_closure_that_forgets_backward() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
+    with pytest.raises(RuntimeError, match="return the mapping of losses"):
+        opt.step(lambda: sum(model.losses(audio_visual_batch()).values()))
 
 
 def test_none_as_a_loss() -> None:

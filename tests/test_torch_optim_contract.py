@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from mmpareto_optim import MMParetoOptimizer
 from tests.models import LateFusion, Losses, audio_visual_batch
 
-# Some optimizers take only a part of the parameters (Muon the matrices), and that is said.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:the losses reach trainable parameters that no optimizer"
-)
+# Some optimizers take only a part of the parameters (Muon the matrices), and one needs the
+# gradient of the sum (LBFGS): both is said.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:the losses reach trainable parameters that no optimizer"),
+    pytest.mark.filterwarnings("ignore:LBFGS takes .grad"),
+]
 
 EXPORTED: dict[str, Any] = {
     name: member

@@ -181,9 +181,11 @@ def naming(what: str) -> Iterator[None]:
 def _mend_of(error: str) -> str | None:
     mends: dict[str, Any] = {
         "second time": (
-            ": its graph has been freed by an earlier backward. Compute the losses anew with a "
-            "forward pass before each backward() or step(losses=...), or pass retain_graph=True "
-            "to the backward before"
+            ": its graph has been freed by an earlier backward. step(losses=...) and "
+            "backward(losses) differentiate by themselves: remove a backward of yours, and make a "
+            "forward pass for each call. Where two wrappers step on one graph, give both optimizers to one, as in "
+            "MMParetoOptimizer([first, second]). Only where two gradients are to add up, pass "
+            "retain_graph=True to the first backward"
         ),
         "use_reentrant=True": (
             " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "

@@ -5,7 +5,6 @@ gradients at a shared representation (MGDA-UB): the encoders are then passed thr
 with the integrated gradient, and not once a loss.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +17,7 @@ from mmpareto_optim.gradients.exact import by_autograd, gradients_of, naming
 from mmpareto_optim.gradients.graph import Edge, edge_of, edges_behind, leaves_of
 from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.ground import Describe, Gradient, Gradients
+from mmpareto_optim.told import warn
 
 Features = Mapping[str, Tensor]
 """The encoders' outputs, by modality."""
@@ -162,11 +162,10 @@ def hooks_set_aside(features: Sequence[Tensor]) -> Iterator[None]:
     goes on. The dict of hooks is private to PyTorch, which is why :func:`_are_set_aside` tries.
     """
     if not _are_set_aside():
-        warnings.warn(
+        warn(
             "this PyTorch does not let hooks on a tensor be set aside: those on features run on "
             "each loss's gradient and once more on the integrated one. Leave features out where "
-            "you have such hooks",
-            stacklevel=2,
+            "you have such hooks"
         )
     hooks = [getattr(feature, "_backward_hooks", None) for feature in features]
     kept = [None if these is None else dict(these) for these in hooks]
