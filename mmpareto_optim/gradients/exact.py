@@ -183,9 +183,9 @@ def _mend_of(error: str) -> str | None:
         "second time": (
             ": its graph has been freed by an earlier backward. step(losses=...) and "
             "backward(losses) differentiate by themselves: remove a backward of yours, and make a "
-            "forward pass for each call. Where two wrappers step on one graph, give both optimizers to one, as in "
-            "MMParetoOptimizer([first, second]). Only where two gradients are to add up, pass "
-            "retain_graph=True to the first backward"
+            "forward pass for each call. Where two wrappers step on one graph, give both "
+            "optimizers to one, as in MMParetoOptimizer([first, second]). Only where two gradients "
+            "are to add up, pass retain_graph=True to the first backward"
         ),
         "use_reentrant=True": (
             " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "
