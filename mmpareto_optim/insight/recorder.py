@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mmpareto_optim.insight.summary import Summary, summary_of
+from mmpareto_optim.insight.phases import summary_of
+from mmpareto_optim.insight.summary import Summary
 from mmpareto_optim.insight.tags import tags_of
 from mmpareto_optim.insight.tracks import (
     Kind,
