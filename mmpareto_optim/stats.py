@@ -10,7 +10,7 @@ from mmpareto_optim.rules import applied_gamma, min_norm_weights
 
 @dataclass(frozen=True, eq=False)
 class BlockStats:
-    """The last integration of one block, of ``m`` objectives.
+    """The last integration of one block, of ``m`` objectives; printed as a few lines.
 
     Everything is a tensor on the block's device, and what follows from the Gram matrix is
     computed when it is read: a training loop that does not convert them (``float()``,
@@ -76,10 +76,19 @@ class BlockStats:
     def harmful(self) -> Tensor:
         """Whether the plain sum has a negative product with some gradient, a boolean scalar.
 
-        A small step along the sum then raises that loss. Where it is false the sum raises none,
-        and another direction can only change how fast each of them falls.
+        A small step of plain SGD along the sum then raises that loss. Where it is false such a
+        step raises none, and another direction can only change how fast each of them falls.
+        Momentum, Adam and Muon take other steps, of which this says nothing.
         """
         return is_harmful(self.gram)
+
+    @property
+    def harmed(self) -> Tensor:
+        """Whose gradient the plain sum has a negative product with, boolean, shape ``(m,)``.
+
+        ``harmful`` is its ``any()``.
+        """
+        return harmed_by_sum(self.gram)
 
     @property
     def alpha(self) -> Tensor:
@@ -93,6 +102,33 @@ class BlockStats:
         square = (alpha.unsqueeze(-2) @ self.gram @ alpha.unsqueeze(-1)).squeeze((-2, -1))
         return square.clamp(min=0).sqrt()
 
+    def __str__(self) -> str:
+        """A line for each objective and one for the block; shapes only of a stack of steps."""
+        if self.gram.ndim > 2 or self.gram.is_meta:
+            names = ", ".join(map(str, self.objectives))
+            return (
+                f"BlockStats of {names}: gram {tuple(self.gram.shape)}, "
+                f"coefficients {tuple(self.coefficients.shape)}"
+            )
+        width = max(len(str(name)) for name in self.objectives)
+        values = zip(
+            self.objectives,
+            self.norms.tolist(),
+            self.coefficients.tolist(),
+            self.harmed.tolist(),
+            strict=True,
+        )
+        lines = [
+            f"{name!s:<{width}}  norm {norm:<8.3g}  coefficient {coefficient:<8.3g}"
+            f"{'  opposed by the sum' if harmed else ''}".rstrip()
+            for name, norm, coefficient, harmed in values
+        ]
+        if not self.gram.isfinite().all():
+            return "\n".join([*lines, "the gradients, or their products, are not finite"])
+        found = "in conflict" if self.conflict else "no conflict"
+        harm = "harmful" if self.harmful else "not harmful"
+        return "\n".join([*lines, f"smallest cosine {float(self.cosine):.3g}: {found}, {harm}"])
+
 
 def in_conflict(gram: Tensor) -> Tensor:
     """Whether two of the gradients have a negative product, shape ``(...)`` for ``(..., m, m)``.
@@ -104,4 +140,9 @@ def in_conflict(gram: Tensor) -> Tensor:
 
 def is_harmful(gram: Tensor) -> Tensor:
     """Whether the plain sum has a negative product with a gradient, as :func:`in_conflict`."""
-    return (gram.sum(-1) < 0).any(-1)
+    return harmed_by_sum(gram).any(-1)
+
+
+def harmed_by_sum(gram: Tensor) -> Tensor:
+    """Whose gradient the plain sum has a negative product with, ``(..., m)``."""
+    return gram.sum(-1) < 0

@@ -242,6 +242,43 @@ def test_picture_of_many_blocks() -> None:
     assert "6 of 9 blocks" in figure.get_suptitle()
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 12])
+def test_legends_cover_nothing(blocks: int) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    recorder = ConflictRecorder()
+    for _ in range(20):
+        of = {f"block{i}": seen(f"block{i}", ("a", "b", "c")).stats for i in range(blocks)}
+        recorder.record(Seen(**{name: stats[name] for name, stats in of.items()}))
+    figure = plot_conflict(recorder)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        legend = axes.get_legend()
+        assert legend is not None
+        box = legend.get_window_extent()
+        assert not any(box.overlaps(other.get_window_extent()) for other in figure.axes)
+        assert not box.overlaps(axes.xaxis.label.get_window_extent())
+        assert figure.bbox.contains(box.x0, box.y0)
+        assert figure.bbox.contains(box.x1, box.y1)
+        assert axes.get_window_extent().height > figure.dpi * 2.5  # curves keep their room
+
+
+@pytest.mark.parametrize("epochs", [False, True])
+@pytest.mark.parametrize("diverges_at", [0, 20])
+def test_picture_of_a_training_that_diverges(diverges_at: int, epochs: bool) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    recorder = ConflictRecorder()
+    for step in range(40):
+        recorder.epoch = step // 10 if epochs else None
+        source = seen("a+b", ("a", "b"))
+        if step >= diverges_at:
+            source.stats["a+b"].gram.fill_(math.nan)
+        recorder.record(source)
+    _, rate, _ = plot_conflict(recorder).axes
+    flags = [row["conflict"] for row in recorder.rows()[:diverges_at]]
+    expected = [100 * sum(flags[i : i + 10]) / 10 for i in range(0, diverges_at, 10)]
+    assert heights(rate.lines[0]) == pytest.approx(expected if epochs else [100 * f for f in flags])
+
+
 def test_the_recorder_and_its_rows_give_one_picture() -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     recorder = recorded_training(steps=40)

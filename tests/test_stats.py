@@ -48,6 +48,7 @@ def test_harmful_is_where_the_sum_raises_a_loss(m: int, seed: int, rule: str) ->
     rows = torch.randn(m, 4, generator=generator, dtype=torch.float64)
     stats = stats_of(rows.tolist(), integration=rule)
     rises = [float(row @ rows.sum(0)) < 0 for row in rows]
+    assert stats.harmed.tolist() == rises
     assert bool(stats.harmful) == any(rises)
     if m == 2:  # cos < -||shorter|| / ||longer||
         shorter, longer = sorted(stats.norms.tolist())
@@ -126,6 +127,35 @@ def test_steps_as_a_leading_dimension() -> None:
     each = [
         BlockStats(("a", "b", "c"), *pair, 1.5) for pair in zip(grams, coefficients, strict=True)
     ]
-    for name in ("scale", "norms", "cosines", "cosine", "conflict", "harmful", "alpha", "min_norm"):
+    for name in (
+        *("scale", "norms", "cosines", "cosine", "conflict", "harmful", "harmed", "alpha"),
+        "min_norm",
+    ):
         expected = torch.stack([getattr(stats, name) for stats in each])
         torch.testing.assert_close(getattr(together, name), expected, equal_nan=True, msg=name)
+
+
+OPPOSED = ("opposed", "by", "the", "sum")
+
+
+def test_printed_it_is_what_people_read() -> None:
+    one, other, block = str(stats_of([[1.0, 0.0], [-3.0, 2.0]], integration="uniform")).splitlines()
+    assert one.split() == ["loss0", "norm", "1", "coefficient", "1", *OPPOSED]
+    assert other.split() == ["loss1", "norm", "3.61", "coefficient", "1"]
+    assert block == "smallest cosine -0.832: in conflict, harmful"
+    agreeing = str(stats_of([[1.0, 0.0], [1.0, 1.0]]))
+    assert agreeing.endswith("smallest cosine 0.707: no conflict, not harmful")
+    assert repr(stats_of([[1.0, 0.0]] * 2)).startswith("BlockStats(objectives=('loss0', 'loss1'), ")
+
+
+def test_printed_gradients_that_are_not_finite_are_not_free_of_conflict() -> None:
+    text = str(stats_of([[1.0, 0.0], [math.nan, 2.0]], integration="uniform"))
+    assert text.endswith("are not finite")
+    assert "conflict" not in text
+
+
+def test_a_stack_is_printed_as_shapes() -> None:
+    stats = BlockStats(("a", "b"), torch.ones(5, 2, 2), torch.ones(5, 2))
+    assert str(stats) == "BlockStats of a, b: gram (5, 2, 2), coefficients (5, 2)"
+    meta = BlockStats(("a", "b"), torch.ones(2, 2, device="meta"), torch.ones(2, device="meta"))
+    assert str(meta) == "BlockStats of a, b: gram (2, 2), coefficients (2,)"

@@ -34,15 +34,27 @@ def recorded(steps: Tensor, **options: Any) -> ConflictRecorder:
     return recorder
 
 
+def products_of(gradients: list[list[float]]) -> list[list[float]]:
+    return [
+        [sum(a * b for a, b in zip(one, other, strict=True)) for other in gradients]
+        for one in gradients
+    ]
+
+
+def is_finite(gradients: list[list[float]]) -> bool:
+    return all(math.isfinite(number) for gradient in gradients for number in gradient)
+
+
 def phase_by_hand(steps: list[list[list[float]]], rows: list[dict[str, Any]]) -> PhaseSummary:
     """From gradients, number by number."""
     conflict = harmful = 0
-    ratios, cosines = [], []
-    for gradients in steps:
-        products = [
-            [sum(a * b for a, b in zip(one, other, strict=True)) for other in gradients]
-            for one in gradients
-        ]
+    ratios, cosines, coefficients = [], [], []
+    finite = [is_finite(gradients) for gradients in steps]
+    for gradients, row, counts in zip(steps, rows, finite, strict=True):
+        if not counts:
+            continue
+        coefficients.append([v for k, v in row.items() if k.startswith("coefficient")])
+        products = products_of(gradients)
         conflict += any(product < 0 for row in products for product in row)
         harmful += any(sum(row) < 0 for row in products)
         norms = [math.sqrt(products[i][i]) for i in range(len(gradients))]
@@ -52,15 +64,17 @@ def phase_by_hand(steps: list[list[list[float]]], rows: list[dict[str, Any]]) ->
             cosines.append(
                 min(products[i][j] / norms[i] / norms[j] for i in present for j in present if i < j)
             )
-    coefficients = [[v for k, v in row.items() if k.startswith("coefficient")] for row in rows]
     return PhaseSummary(
         len(steps),
-        conflict / len(steps),
-        harmful / len(steps),
+        conflict / sum(finite) if any(finite) else math.nan,
+        harmful / sum(finite) if any(finite) else math.nan,
         statistics.median_low(ratios) if ratios else math.nan,
         statistics.median_low(cosines) if cosines else math.nan,
         sum(not any(row) for row in coefficients),
-        max(map(max, coefficients)),
+        max(map(max, coefficients)) if coefficients else math.nan,
+        len(steps) - sum(finite),
+        rows[0]["step"],
+        rows[-1]["step"],
     )
 
 
@@ -70,13 +84,24 @@ def phase_by_hand(steps: list[list[list[float]]], rows: list[dict[str, Any]]) ->
     seed=st.integers(0, 2**31),
     rule=st.sampled_from(["uniform", "mmpareto", "pareto"]),
     absent=st.lists(st.tuples(st.integers(1, 11), st.integers(0, 3))),
+    broken=st.lists(st.tuples(st.integers(1, 11), st.sampled_from([math.nan, math.inf]))),
 )
-def test_numbers(count: int, m: int, seed: int, rule: str, absent: list[tuple[int, int]]) -> None:
+def test_numbers(
+    count: int,
+    m: int,
+    seed: int,
+    rule: str,
+    absent: list[tuple[int, int]],
+    broken: list[tuple[int, float]],
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randn(count, m, 3, generator=generator, dtype=torch.float64)
     for step, loss in absent:  # not in the first one, or it would not be in the block
         if step < count and loss < m:
             steps[step, loss] = 0
+    for step, value in broken:
+        if step < count:
+            steps[step, 0, 0] = value
     recorder = recorded(steps, integration=rule)
     gradients, rows = steps.tolist(), recorder.rows()
     (block,) = recorder.summary().blocks
@@ -89,6 +114,19 @@ def test_numbers(count: int, m: int, seed: int, rule: str, absent: list[tuple[in
     ):
         expected = phase_by_hand(gradients[part], rows[part])
         assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(expected), nan_ok=True)
+    products = [products_of(step) for step in gradients if is_finite(step)]
+    harmed = [sum(sum(gram[i]) < 0 for gram in products) / len(products) for i in range(m)]
+    assert block.harmed == pytest.approx({f"loss{i}": share for i, share in enumerate(harmed)})
+    pairs = {
+        (f"loss{i}", f"loss{j}"): sum(gram[i][j] < 0 for gram in products) / len(products)
+        for i in range(m)
+        for j in range(i + 1, m)
+    }
+    assert block.worst_pair_conflict == pytest.approx(max(pairs.values()))
+    if block.worst_pair is None:
+        assert not any(pairs.values())
+    else:
+        assert pairs[block.worst_pair] == max(pairs.values())
 
 
 def test_exactly_opposite_gradients_give_zero() -> None:
@@ -114,26 +152,35 @@ def test_settings_that_change_make_no_second_block() -> None:
 
 
 def phase(**values: Any) -> PhaseSummary:
-    usual = PhaseSummary(1000, 0.1, 0.0, 3.0, 0.2, 0, 1.0)
+    usual = PhaseSummary(1000, 0.1, 0.0, 3.0, 0.2, 0, 1.0, 0, 0, 999)
     return dataclasses.replace(usual, **values)
+
+
+def block_of(whole: PhaseSummary, early: PhaseSummary, late: PhaseSummary) -> BlockSummary:
+    names = ("a", "b", "c")
+    return BlockSummary("a+b+c", names, whole, early, late, dict.fromkeys(names, 0.0), None, 0.0)
 
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
         ({"steps": 99}, "99 steps are too few to tell: measure 100 or more"),
-        ({"harmful": 0.003}, "The sum lowers every loss in 99.7 % of the steps: expect nothing"),
+        ({"steps": 105, "not_finite": 10}, "95 steps are too few to tell: measure 100 or more"),
+        ({"not_finite": 101}, "^101 of 1000 steps had a gradient that is not finite: find out why"),
+        ({"steps": 5, "not_finite": 5, "harmful": math.nan}, "5 of 5 steps had a gradient"),
+        ({"not_finite": 100}, "expect nothing"),
+        ({"harmful": 0.003}, "agrees with every loss's own gradient in 99.7 % .*: expect nothing"),
         ({"harmful": 0.0}, "in 100 % of the steps: expect nothing .* larger learning rate"),
         ({"harmful": 0.0001}, "in >99.9 % of the steps"),
-        ({"harmful": 0.07}, "raises a loss in 7.0 % of the steps.*: expect little"),
-        ({"harmful": 0.62}, "raises a loss in 62.0 % .*: integration may pay.* a sweep"),
+        ({"harmful": 0.07}, "opposes a loss's own gradient in 7.0 % of the steps.*: expect little"),
+        ({"harmful": 0.62}, 'opposes .* in 62.0 % .*: integration may pay.* a sweep .*"uniform"'),
         (
             {"norm_ratio": 1234.0},
-            "The longest gradient is 1,234 times the shortest, so the sum follows .*weight",
+            'The longest gradient is 1,234 times the shortest, so the sum .*weight.*"upgrad"',
         ),
         (
             {"norm_ratio": 250.0, "harmful": 0.8},
-            "raises a loss in 80.0 % .*, and the longest gradient is 250 times the shortest: weight"
+            "opposes .* in 80.0 % .*, and the longest gradient is 250 times the shortest: weight"
             " the losses first",
         ),
         ({"norm_ratio": math.nan}, "expect nothing"),
@@ -141,29 +188,114 @@ def phase(**values: Any) -> PhaseSummary:
 )
 def test_verdicts(values: dict[str, Any], verdict: str) -> None:
     whole = phase(**values)
-    block = BlockSummary("a+b+c", ("a", "b", "c"), whole, phase(), whole)
+    block = block_of(whole, phase(), whole)
     assert re.search(verdict, block.verdict), block.verdict
     assert block.verdict.endswith(".")
 
 
 def test_a_share_that_changes_is_told() -> None:
     early, late = phase(harmful=0.02), phase(harmful=0.4)
-    block = BlockSummary("a+b", ("a", "b"), phase(harmful=0.21), early, late)
+    block = block_of(phase(harmful=0.21), early, late)
     assert "21.0 % of the steps (2.0 % early, 40.0 % late)" in block.verdict
+
+
+def test_a_training_that_diverges_is_not_praised() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(200, 2, 4, generator=generator)
+    steps[20:] = torch.nan
+    summary = recorded(steps, integration="uniform").summary()
+    assert summary.blocks[0].verdict.startswith("180 of 200 steps had a gradient that is not")
+    head, whole, _, late = str(summary).splitlines()[:4]
+    assert head.endswith("not finite")
+    assert whole.endswith("180")
+    assert late.split()[-1] == "66"
+    assert "inf" not in late
+    assert late.split().count("nan") == 5
+
+
+def test_a_training_that_diverges_at_the_end_is_not_praised() -> None:
+    whole, late = phase(not_finite=50), phase(steps=333, not_finite=50)
+    verdict = block_of(whole, phase(steps=333), late).verdict
+    assert verdict.startswith("50 of 1000 steps had a gradient that is not finite")
+
+
+def test_the_few_steps_that_a_grad_scaler_skips_are_only_counted() -> None:
+    whole, early = phase(steps=120, not_finite=8), phase(steps=40, not_finite=8)
+    block = block_of(whole, early, phase(steps=40))
+    assert "agrees with every loss's own gradient" in block.verdict
+
+
+def test_blocks_of_one_name_are_told_apart() -> None:
+    param = nn.Parameter(torch.zeros(3))
+    integrator = GradientIntegrator([param], {"encoder": [param]})
+    recorder = ConflictRecorder()
+    for step in range(9):
+        integrator.zero_grad()
+        integrator.backward(vectors_as_losses(param, torch.randn(3 - step // 6, 3)))
+        recorder.record(integrator)
+    three, two = recorder.summary().blocks
+    assert (three.block, two.block) == ("encoder", "encoder")
+    assert (two.whole.first_step, two.whole.last_step) == (6, 8)
+    lines = str(recorder.summary()).splitlines()
+    assert lines[4] == "  of loss0, loss1, loss2"
+    assert lines[8] == "  of loss0, loss1"
+    assert lines[7].split()[:2] == ["late", "8-8"]
+    assert any(line.startswith("encoder (loss0, loss1, loss2): 6 steps are") for line in lines)
+    assert lines[-1].startswith("encoder (loss0, loss1): 3 steps are too few")
+
+
+def test_whom_the_sum_opposes_and_who_oppose_each_other() -> None:
+    steps = torch.zeros(10, 3, 2)
+    steps[:, 0] = torch.tensor([3.0, 0.0])
+    steps[:, 1] = torch.tensor([0.0, 1.0])
+    steps[:, 2] = torch.tensor([0.5, 0.0])
+    steps[:4, 2] = torch.tensor([-1.0, 0.0])
+    steps[4:6, 1] = torch.tensor([-1.0, 0.0])
+    summary = recorded(steps, integration="uniform").summary()
+    (block,) = summary.blocks
+    assert block.harmed == pytest.approx({"loss0": 0, "loss1": 0.2, "loss2": 0.4})
+    assert block.worst_pair == ("loss0", "loss2")
+    assert (
+        "loss0+loss1+loss2: opposed by the sum: loss2 40.0 %, loss1 20.0 %; "
+        "worst pair: loss0, loss2 (40.0 %)"
+    ) in str(summary).splitlines()
+
+
+def test_at_most_five_losses_are_named() -> None:
+    steps = torch.ones(10, 8, 1)
+    steps[:, 0] = 100.0
+    for loss in range(1, 8):
+        steps[:loss, loss] = -1.0
+    lines = str(recorded(steps, integration="uniform").summary()).splitlines()
+    (line,) = (line for line in lines if "opposed by the sum" in line)
+    assert re.findall(r"loss(\d) \d", line) == ["7", "6", "5", "4", "3"]
+
+
+def test_one_sentence_for_blocks_of_which_it_says_the_same() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    recorder = ConflictRecorder()
+    opt.step(losses=model.losses(audio_visual_batch()))
+    recorder.record(opt)
+    text = str(recorder.summary())
+    assert text.count("too few to tell") == 1
+    assert text.splitlines()[-1].startswith("mm+audio, mm+visual: 1 steps are too few")
 
 
 def test_printed_it_is_a_table() -> None:
     steps = torch.randn(120, 2, 4)
     text = str(recorded(steps, integration="uniform").summary())
-    head, whole, early, late, empty, told = text.splitlines()
+    head, whole, early, late, empty, opposed, second_empty, told = text.splitlines()
     assert " ".join(head.split()) == (
         "block steps conflict harmful norm ratio cosine zero coefficient"
     )
-    assert whole.split()[:3] == ["loss0+loss1", "whole", "120"]
-    assert early.split()[:2] == ["early", "40"]
-    assert late.split()[:2] == ["late", "40"]
-    assert not empty
-    assert told.startswith("loss0+loss1: The sum")
+    assert whole.split()[:4] == ["loss0+loss1", "whole", "0-119", "120"]
+    assert early.split()[:3] == ["early", "0-39", "40"]
+    assert late.split()[:3] == ["late", "80-119", "40"]
+    assert empty == second_empty == ""
+    assert opposed.startswith("loss0+loss1: opposed by the sum: loss")
+    assert "pair" not in opposed
+    assert told.startswith("loss0+loss1: The summed gradient opposes")
     assert len({len(line) for line in (head, whole, early, late)}) == 1
 
 

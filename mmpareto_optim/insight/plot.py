@@ -25,6 +25,11 @@ LINES = 6
 WORST = 3
 """Curves that are drawn of more."""
 
+LEGEND_LINE = 0.18
+"""Inches that an entry of a legend is high."""
+BELOW_AXES = 0.5
+"""Inches that ticks and a label take below the axes."""
+
 
 class Look(NamedTuple):
     """Of a curve."""
@@ -37,7 +42,8 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     """Cosines over steps, rates of conflict and harm, and norm of the first loss over the others'.
 
     Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
-    rates are those of twenty equal parts of the training. Of more than six curves of a block,
+    rates are those of twenty equal parts of the training. Steps whose gradients are not finite
+    are left out. Of more than six curves of a block,
     pairs of losses or ratios, the three that are lowest or farthest from 1 on average are drawn,
     and a band from the lowest to the highest of the others; of more than six blocks those that
     are most often in conflict.
@@ -77,8 +83,7 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     rate.locator_params(axis="x", integer=True)
     ratio.axhline(1, color="black", linewidth=0.8)
     ratio.set(title="Ratio of the gradients' norms", xlabel="step", yscale="log")
-    for axes in (cosine, rate, ratio):
-        axes.legend(fontsize="small")
+    _legends_below(figure)
     return figure
 
 
@@ -120,6 +125,25 @@ def _figure(panels: int) -> Figure:
             "plotting needs matplotlib: pip install 'mmpareto-optim[plot]'", name="matplotlib"
         ) from error
     return Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
+
+
+def _legends_below(figure: Figure) -> None:
+    """A legend under each picture, where it covers no curve, and as much more paper."""
+    from matplotlib.transforms import ScaledTranslation
+
+    # In inches: the layout would not settle if it were a part of the height that it looks for.
+    down = ScaledTranslation(0, -BELOW_AXES, figure.dpi_scale_trans)
+    entries = 0
+    for axes in figure.axes:
+        legend = axes.legend(
+            fontsize="small",
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=axes.transAxes + down,
+            borderaxespad=0,
+        )
+        entries = max(entries, len(legend.get_texts()))
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * entries)
 
 
 def _most_in_conflict(blocks: dict[tuple[str, str], list[Row]]) -> dict[Any, list[Row]]:
@@ -176,12 +200,14 @@ def _plot_curves(
 
 
 def _plot_rates(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoch: bool) -> None:
+    norms = [column for column in rows[0] if column.startswith("norm/")]
+    rows = [row for row in rows if all(np.isfinite(row[norm]) for norm in norms)]
     steps = _column(rows, "epoch" if by_epoch else "step")
     if by_epoch:
         places = np.unique(steps)
         parts = [np.flatnonzero(steps == place) for place in places]
     else:
-        parts = np.array_split(np.arange(len(rows)), min(PARTS, len(rows)))
+        parts = np.array_split(np.arange(len(rows)), min(PARTS, len(rows))) if rows else []
         places = np.array([steps[part].mean() for part in parts])
     for column, style in (("conflict", "-"), ("harmful", "--")):
         flags = _column(rows, column)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mmpareto_optim.insight.summary import Summary, summary_of
+from mmpareto_optim.insight.phases import summary_of
+from mmpareto_optim.insight.summary import Summary
 from mmpareto_optim.insight.tags import tags_of
 from mmpareto_optim.insight.tracks import (
     Kind,
@@ -101,7 +102,7 @@ class ConflictRecorder:
     def summary(self) -> Summary:
         """What was recorded in a few numbers a block, and whether integration can pay there.
 
-        Printed it is a table with a sentence for each block.
+        Printed it is a table, with the losses that the sum opposes and a verdict for each block.
         """
         return summary_of(self._tracks.values())
 

@@ -1,14 +1,9 @@
 """A training in a few numbers a block, and whether integration can pay there."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-
-from mmpareto_optim.insight.tracks import Track
-from mmpareto_optim.stats import BlockStats, in_conflict, is_harmful
 
 FEWEST_STEPS = 100
 """Steps from which a share is told: none of 100 is less than 3 %, with 95 % confidence."""
@@ -19,10 +14,23 @@ RARE, FREQUENT = 0.05, 0.2
 LOPSIDED = 100.0
 """Ratio of the gradients' norms from which the shortest is less than a hundredth of the sum."""
 
+DIVERGED = 0.1
+"""Share of steps that are not finite, of all or of the last third, above which nothing else is
+told: more than a GradScaler skips while it looks for its scale."""
+
+SHOWN = 5
+"""Losses of a block that are named as opposed by the sum."""
+
+WEIGHABLE = 'under "uniform", "dualproj" or "upgrad"'
+"""The rules under which a larger weight gives a loss more say in a conflict too."""
+
 
 @dataclass(frozen=True)
 class PhaseSummary:
     """A block over some of its steps.
+
+    Shares, medians, counts and the largest coefficient are those of the steps whose gradients
+    are finite, NaN where there are none.
 
     Attributes:
         steps: how many were measured.
@@ -33,6 +41,9 @@ class PhaseSummary:
         cosine: the smallest cosine between two gradients, the median.
         zero: number of steps that gave the block a zero gradient.
         largest_coefficient: what a gradient was multiplied by at most.
+        not_finite: number of steps in which a gradient was not finite.
+        first_step: number of the first of the steps, as in the recorder's rows.
+        last_step: number of the last of them.
         conflict_across: share of the steps in conflict that are so by ``gram_across`` too
             (``measure_noise=True``), of all steps that have one; None where none has, and so the
             next two.
@@ -49,6 +60,9 @@ class PhaseSummary:
     cosine: float
     zero: int
     largest_coefficient: float
+    not_finite: int
+    first_step: int
+    last_step: int
     conflict_across: float | None = None
     harmful_across: float | None = None
     cosine_across: float | None = None
@@ -61,9 +75,14 @@ class BlockSummary:
     Attributes:
         block: its name.
         objectives: names of the losses that reach it.
-        whole: all its steps.
-        early: the first third of them.
+        whole: all steps in which the block was recorded with these objectives.
+        early: the first third of these steps.
         late: the last third.
+        harmed: by objective, the share of the finite steps in which the plain sum has a negative
+            product with its gradient.
+        worst_pair: the two objectives whose gradients most often have a negative product with
+            each other; None where none ever have.
+        worst_pair_conflict: share of the finite steps in which they have.
     """
 
     block: str
@@ -71,40 +90,54 @@ class BlockSummary:
     whole: PhaseSummary
     early: PhaseSummary
     late: PhaseSummary
+    harmed: dict[str, float]
+    worst_pair: tuple[str, str] | None
+    worst_pair_conflict: float
 
     @property
     def verdict(self) -> str:
         """Whether integration can pay, in a sentence; docs/monitoring.md has rules and reasons."""
-        whole = self.whole
-        if whole.steps < FEWEST_STEPS:
+        whole, late = self.whole, self.late
+        if any(part.not_finite > DIVERGED * part.steps for part in (whole, late)):
             return (
-                f"{whole.steps} steps are too few to tell: measure {FEWEST_STEPS} or more, spread "
+                f"{whole.not_finite} of {whole.steps} steps had a gradient that is not finite: "
+                "find out why before you read on."
+            )
+        finite = whole.steps - whole.not_finite
+        if finite < FEWEST_STEPS:
+            return (
+                f"{finite} steps are too few to tell: measure {FEWEST_STEPS} or more, spread "
                 "over the training."
             )
         lopsided = whole.norm_ratio >= LOPSIDED
-        if lopsided:
-            longer = f"the longest gradient is {_rounded(whole.norm_ratio)} times the shortest"
+        longest = f"longest gradient is {_rounded(whole.norm_ratio)} times the shortest"
         if whole.harmful < RARE and lopsided:
-            return f"{_sentence(longer)}, so the sum follows one loss: weight the losses first."
+            return (
+                f"The {longest}, so the sum follows one loss: weight the losses first, {WEIGHABLE}."
+            )
         if whole.harmful < RARE:
             return (
-                f"The sum lowers every loss in {_percent(1 - whole.harmful)} of the steps: expect "
-                "nothing from another direction, and compare with a larger learning rate."
+                "The summed gradient agrees with every loss's own gradient in "
+                f"{_percent(1 - whole.harmful)} of the steps: expect nothing from another "
+                "direction, and compare with a larger learning rate."
             )
-        raises = f"The sum raises a loss in {_percent(whole.harmful)} of the steps{self._change}"
+        opposes = (
+            "The summed gradient opposes a loss's own gradient in "
+            f"{_percent(whole.harmful)} of the steps{self._change}"
+        )
         if lopsided:
             return (
-                f"{raises}, and {longer}: weight the losses first; a sweep of the weights is what "
-                "integration has to beat."
+                f"{opposes}, and the {longest}: weight the losses first, {WEIGHABLE}; a sweep of "
+                "the weights is what integration has to beat."
             )
         if whole.harmful < FREQUENT:
             return (
-                f"{raises}: expect little from another direction, and compare with a larger "
+                f"{opposes}: expect little from another direction, and compare with a larger "
                 "learning rate before you do with integration."
             )
         return (
-            f"{raises}: integration may pay, and so may weights for the losses; compare it with "
-            "a sweep of them."
+            f"{opposes}: integration may pay, and so may weights for the losses; compare it with "
+            'a sweep of them under "uniform".'
         )
 
     @property
@@ -126,97 +159,66 @@ class Summary:
     def __str__(self) -> str:
         if not self.blocks:
             return "nothing recorded: no step was measured in which two losses meet"
-        phases = [
-            (block.block if part == "whole" else "", part, getattr(block, part))
-            for block in self.blocks
-            for part in ("whole", "early", "late")
-        ]
-        across = any(phase.conflict_across is not None for *_, phase in phases)
-        lines = [HEAD + ACROSS if across else HEAD]
-        lines += [(name, part, *_cells(phase, across=across)) for name, part, phase in phases]
-        return "\n".join([*_aligned(lines), "", *map(_told, self.blocks)])
+        names = _names(self.blocks)
+        pairs = list(zip(names, self.blocks, strict=True))
+        details = [f"{name}: {detail}" for name, block in pairs if (detail := _detail(block))]
+        verdicts: dict[str, list[str]] = {}
+        for name, block in pairs:
+            verdicts.setdefault(block.verdict, []).append(name)
+        told = [f"{', '.join(members)}: {verdict}" for verdict, members in verdicts.items()]
+        return "\n".join([*_table(self.blocks), "", *details, *[""] * bool(details), *told])
 
 
-HEAD: tuple[str, ...] = (
-    "block",
-    "",
-    "steps",
-    "conflict",
-    "harmful",
-    "norm ratio",
-    "cosine",
-    "zero",
-    "coefficient",
-)
-ACROSS: tuple[str, ...] = ("conflict across", "harmful across", "cosine across")
+HEAD = ("block", "", "steps", "conflict", "harmful", "norm ratio", "cosine", "zero", "coefficient")
+NOT_FINITE = ("not finite",)
+ACROSS = ("conflict across", "harmful across", "cosine across")
+PARTS = ("whole", "early", "late")
 
 
-def summary_of(tracks: Iterable[Track]) -> Summary:
-    """The summary of what some tracks hold, those of one block and objectives together."""
-    together: dict[tuple[str, tuple[str, ...]], list[Track]] = {}
-    for track in tracks:
-        together.setdefault((track.kind.block, track.kind.objectives), []).append(track)
-    return Summary(tuple(_block(*key, members) for key, members in together.items()))
+def _names(blocks: Iterable[BlockSummary]) -> list[str]:
+    """Names that tell the blocks apart: one given by hand may stand for several."""
+    count = Counter(block.block for block in blocks)
+    return [
+        f"{block.block} ({_listed(block.objectives)})" if count[block.block] > 1 else block.block
+        for block in blocks
+    ]
 
 
-def _block(block: str, objectives: tuple[str, ...], tracks: list[Track]) -> BlockSummary:
-    order = torch.tensor([when.number for track in tracks for when in track.when]).argsort()
-    columns = [_columns(track.stats()) for track in tracks]
-    steps = {name: torch.cat([each[name] for each in columns])[order] for name in columns[0]}
-    third = max(1, len(order) // 3)
-    early = {name: values[:third] for name, values in steps.items()}
-    late = {name: values[-third:] for name, values in steps.items()}
-    return BlockSummary(block, objectives, _phase(steps), _phase(early), _phase(late))
+def _table(blocks: tuple[BlockSummary, ...]) -> list[str]:
+    phases = [getattr(block, part) for block in blocks for part in PARTS]
+    finite = not any(phase.not_finite for phase in phases)
+    across = any(phase.conflict_across is not None for phase in phases)
+    lines: list[tuple[str, ...]] = [HEAD + NOT_FINITE * (not finite) + ACROSS * across]
+    for block in blocks:
+        for part in PARTS:
+            phase = getattr(block, part)
+            name = block.block if part == "whole" else ""
+            cells = _cells(phase) + (str(phase.not_finite),) * (not finite)
+            span = f"{part} {phase.first_step}-{phase.last_step}"
+            lines.append((name, span, *cells, *_cells_across(phase) * across))
+    head, *rows = _aligned(lines)
+    count = Counter(block.block for block in blocks)
+    table = [head]
+    for number, block in enumerate(blocks):
+        table += rows[3 * number : 3 * number + 3]
+        if count[block.block] > 1:
+            table.append(f"  of {_listed(block.objectives)}")
+    return table
 
 
-def _columns(stats: BlockStats) -> dict[str, Tensor]:
-    """What a phase is made of, for each step; NaN where it is not known."""
-    norms = stats.norms.masked_fill(stats.norms == 0, torch.nan)
-    longest = norms.nan_to_num(nan=-math.inf).amax(-1)
-    shortest = norms.nan_to_num(nan=math.inf, posinf=math.inf).amin(-1)
-    several = norms.isfinite().sum(-1) > 1
-    smallest = stats.cosines.nan_to_num(nan=math.inf).flatten(-2).amin(-1)
-    gram = stats.gram
-    across = torch.full_like(gram, torch.nan) if stats.gram_across is None else stats.gram_across
-    unknown = ~across.isfinite().flatten(-2).all(-1)
-    conflict, harmful = stats.conflict & in_conflict(across), stats.harmful & is_harmful(across)
-    return {
-        "conflict": stats.conflict,
-        "harmful": stats.harmful,
-        "norm_ratio": (longest / shortest).masked_fill(~several, torch.nan),
-        "cosine": smallest.masked_fill(~several, torch.nan),
-        "zero": (stats.coefficients == 0).all(-1),
-        "largest_coefficient": stats.coefficients.nan_to_num(nan=-math.inf).amax(-1),
-        "conflict_across": conflict.double().masked_fill(unknown, torch.nan),
-        "harmful_across": harmful.double().masked_fill(unknown, torch.nan),
-        "across": across,
-    }
+def _detail(block: BlockSummary) -> str:
+    """Whom the sum opposes, and who opposes whom; the latter is plain where there are two."""
+    harmed = sorted(block.harmed.items(), key=lambda item: -item[1])
+    worst = [f"{name} {_percent(share)}" for name, share in harmed[:SHOWN] if share > 0]
+    found = [f"opposed by the sum: {', '.join(worst)}"] if worst else []
+    if block.worst_pair is not None and len(block.objectives) > 2:
+        share = _percent(block.worst_pair_conflict)
+        found.append(f"worst pair: {_listed(block.worst_pair)} ({share})")
+    return "; ".join(found)
 
 
-def _smallest_cosine(gram: Tensor) -> Tensor:
-    """NaN where the estimate of a square is not positive."""
-    lengths = gram.diagonal().sqrt()
-    return (gram / lengths.unsqueeze(0) / lengths.unsqueeze(1)).amin()
-
-
-def _phase(steps: dict[str, Tensor]) -> PhaseSummary:
-    known = bool(steps["conflict_across"].isfinite().any())
-    return PhaseSummary(
-        steps=len(steps["conflict"]),
-        conflict=float(steps["conflict"].double().mean()),
-        harmful=float(steps["harmful"].double().mean()),
-        norm_ratio=float(steps["norm_ratio"].nanmedian()),
-        cosine=float(steps["cosine"].nanmedian()),
-        zero=int(steps["zero"].sum()),
-        largest_coefficient=float(steps["largest_coefficient"].max()),
-        conflict_across=float(steps["conflict_across"].nanmean()) if known else None,
-        harmful_across=float(steps["harmful_across"].nanmean()) if known else None,
-        cosine_across=float(_smallest_cosine(steps["across"].nanmean(0))) if known else None,
-    )
-
-
-def _cells(phase: PhaseSummary, *, across: bool) -> tuple[str, ...]:
-    cells = (
+def _cells(phase: PhaseSummary) -> tuple[str, ...]:
+    return (
         str(phase.steps),
         _percent(phase.conflict),
         _percent(phase.harmful),
@@ -225,12 +227,13 @@ def _cells(phase: PhaseSummary, *, across: bool) -> tuple[str, ...]:
         str(phase.zero),
         f"{phase.largest_coefficient:.3g}",
     )
-    if not across:
-        return cells
+
+
+def _cells_across(phase: PhaseSummary) -> tuple[str, ...]:
     if phase.conflict_across is None or phase.harmful_across is None:
-        return (*cells, "", "", "")
+        return ("", "", "")
     shares = (_percent(phase.conflict_across), _percent(phase.harmful_across))
-    return (*cells, *shares, f"{phase.cosine_across:.2f}")
+    return (*shares, f"{phase.cosine_across:.2f}")
 
 
 def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
@@ -245,12 +248,14 @@ def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def _told(block: BlockSummary) -> str:
-    return f"{block.block}: {block.verdict}"
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names))
 
 
 def _percent(share: float) -> str:
     """One digit after the point, and neither 0 nor 100 % for what is not all or nothing."""
+    if math.isnan(share):
+        return "nan"
     if share in (0, 1):
         return f"{100 * share:.0f} %"
     if share < 0.001:
@@ -260,7 +265,3 @@ def _percent(share: float) -> str:
 
 def _rounded(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2g}"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
