@@ -158,7 +158,9 @@ def phase(**values: Any) -> PhaseSummary:
 
 def block_of(whole: PhaseSummary, early: PhaseSummary, late: PhaseSummary) -> BlockSummary:
     names = ("a", "b", "c")
-    return BlockSummary("a+b+c", names, whole, early, late, dict.fromkeys(names, 0.0), None, 0.0)
+    return BlockSummary(
+        "a+b+c", names, whole, early, late, dict.fromkeys(names, 0.0), None, 0.0, 0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_the_few_steps_that_a_grad_scaler_skips_are_only_counted() -> None:
 
 def test_blocks_of_one_name_are_told_apart() -> None:
     param = nn.Parameter(torch.zeros(3))
-    integrator = GradientIntegrator([param], {"encoder": [param]})
+    integrator = GradientIntegrator([param], {"encoder": [param]}, integration="uniform")
     recorder = ConflictRecorder()
     for step in range(9):
         integrator.zero_grad()
@@ -273,7 +275,7 @@ def test_at_most_five_losses_are_named() -> None:
 
 def test_one_sentence_for_blocks_of_which_it_says_the_same() -> None:
     model = LateFusion()
-    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), integration="uniform")
     recorder = ConflictRecorder()
     opt.step(losses=model.losses(audio_visual_batch()))
     recorder.record(opt)
@@ -323,6 +325,16 @@ def test_noise_has_columns_where_it_was_measured() -> None:
     cosine = float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
     assert summary.blocks[0].whole.cosine_across == pytest.approx(cosine, nan_ok=True)
     assert "harmful across" in str(summary).splitlines()[0]
+
+
+def test_a_recording_of_integrated_steps_says_so() -> None:
+    opposed = torch.tensor([[1.0, 0.0], [-2.0, 1.0]]).expand(10, 2, 2)
+    integrated = recorded(opposed).summary()
+    assert integrated.blocks[0].turned == 1
+    assert 'record with integration="uniform"' in str(integrated)
+    plain = recorded(opposed, integration="uniform").summary()
+    assert plain.blocks[0].turned == 0
+    assert "Recorded while integrating" not in str(plain)
 
 
 def test_nothing_recorded() -> None:

@@ -38,6 +38,7 @@ def _block(block: str, objectives: tuple[str, ...], tracks: list[Track]) -> Bloc
         harmed=dict(zip(objectives, harmed, strict=True)),
         worst_pair=(objectives[pair[0]], objectives[pair[1]]) if share > 0 else None,
         worst_pair_conflict=share,
+        turned=float(steps["turned"][finite].double().mean()),
     )
 
 
@@ -64,6 +65,7 @@ def _columns(track: Track) -> dict[str, Tensor]:
         "opposed": gram.triu(1) < 0,
         "norm_ratio": norm_ratio.masked_fill(~several, torch.nan),
         "cosine": cosine.masked_fill(~several, torch.nan),
+        "turned": (stats.coefficients != stats.coefficients[..., :1]).any(-1),
         "zero": (stats.coefficients == 0).all(-1),
         "largest_coefficient": stats.coefficients.nan_to_num(nan=-math.inf).amax(-1),
         "conflict_across": conflict.double().masked_fill(unknown, torch.nan),

@@ -25,6 +25,12 @@ WEIGHABLE = 'under "uniform", "dualproj" or "upgrad"'
 """The rules under which a larger weight gives a loss more say in a conflict too."""
 
 
+INTEGRATED = (
+    "Recorded while integrating: on the path of the plain sum it can be otherwise. To learn "
+    'whether integration pays, record with integration="uniform".'
+)
+
+
 @dataclass(frozen=True)
 class PhaseSummary:
     """A block over some of its steps.
@@ -83,6 +89,8 @@ class BlockSummary:
         worst_pair: the two objectives whose gradients most often have a negative product with
             each other; None where none ever have.
         worst_pair_conflict: share of the finite steps in which they have.
+        turned: share of the finite steps whose coefficients were not all the same, so that the
+            step left the direction of the sum.
     """
 
     block: str
@@ -93,6 +101,7 @@ class BlockSummary:
     harmed: dict[str, float]
     worst_pair: tuple[str, str] | None
     worst_pair_conflict: float
+    turned: float
 
     @property
     def verdict(self) -> str:
@@ -166,6 +175,8 @@ class Summary:
         for name, block in pairs:
             verdicts.setdefault(block.verdict, []).append(name)
         told = [f"{', '.join(members)}: {verdict}" for verdict, members in verdicts.items()]
+        if any(block.turned > 0 for block in self.blocks):
+            told += ["", INTEGRATED]
         return "\n".join([*_table(self.blocks), "", *details, *[""] * bool(details), *told])
 
 
