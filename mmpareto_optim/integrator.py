@@ -350,7 +350,7 @@ class GradientIntegrator:
         through = AtFeatures(losses, features, call.params, self._describe)
         seen = Seen(behind=through.behind)
         if not self.has_integrated:
-            warn_of_unheld(through.others)
+            warn_of_unheld(through.others, lambda leaf: list(losses))
         integrate = partial(
             integrated_at, self._reach, self._method(), call.processes, call.common, seen
         )
@@ -361,8 +361,15 @@ class GradientIntegrator:
     ) -> Sequence[Tensor]:
         others = processes.leaves_not_among(params, losses)
         if not self.has_integrated:
-            warn_of_unheld(others)
+            warn_of_unheld(others, partial(self._reaching, losses, params, processes))
         return others
+
+    def _reaching(
+        self, losses: Losses, params: Sequence[Tensor], processes: Alone, leaf: Tensor
+    ) -> list[str]:
+        """Names of the losses that a leaf, which is not among the parameters, is behind."""
+        behind = {n: processes.leaves_not_among(params, {n: losses[n]}) for n in losses}
+        return [name for name, leaves in behind.items() if any(leaf is other for other in leaves)]
 
     def _in_order(self, losses: Losses) -> Losses:
         """The losses in the order in which their names first came: it is that of all rows."""

@@ -1,6 +1,6 @@
 """What the user is told of blocks and parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,18 +107,25 @@ def block_table(
     return Blocks(found)
 
 
-def warn_of_unheld(leaves: Sequence[Tensor]) -> None:
-    """One warning of parameters among the leaves that the losses reach and nobody holds."""
+def warn_of_unheld(leaves: Sequence[Tensor], reaching: Callable[[Tensor], Sequence[str]]) -> None:
+    """One warning of parameters among the leaves that the losses reach and nobody holds.
+
+    Args:
+        leaves: what is behind the losses and not held.
+        reaching: names of the losses that one of them is behind.
+    """
     unheld = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
     if not unheld:
         return
+    unheld.sort(key=lambda param: (-param.numel(), tuple(param.shape)))
     shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
     more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
+    names = ", ".join(map(repr, reaching(unheld[0])))
     warn(
         f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
-        f"{more}: they get no gradient. Give all optimizers, as in MMParetoOptimizer([muon, "
-        "adamw]), use GradientIntegrator(model.parameters()), or freeze them with "
-        "requires_grad_(False)"
+        f"{more} (the first by loss {names}): they get no gradient. Give all optimizers, as in "
+        "MMParetoOptimizer([muon, adamw]), use GradientIntegrator(model.parameters()), or freeze "
+        "them with requires_grad_(False)"
     )
 
 

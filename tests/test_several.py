@@ -237,7 +237,7 @@ def test_a_group_that_is_added_to_one_joins_in() -> None:
 def test_parameters_that_nobody_holds_are_told_of_once() -> None:
     model = LateFusion()
     opt = MMParetoOptimizer(SGD(model.audio.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match=r"trainable parameters that no optimizer here holds"):
+    with pytest.warns(UserWarning, match=r"holds, of shape .*\(the first by loss 'mm'"):
         opt.backward(model.losses(audio_visual_batch()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
