@@ -139,7 +139,6 @@ class GradientIntegrator:
         self.has_integrated = False
         self.most_losses = 0
         self._warned = False
-        self._order: dict[str, None] = {}
         self._reach = Reach()
         self._window: Window | None = None
         self._measuring.forget()
@@ -198,7 +197,7 @@ class GradientIntegrator:
         params = self._trainable()
         processes = self._choice.of(params)
         with processes.failing_together():
-            losses = self._in_order(losses)
+            check_losses(losses)
             turn = self._measuring.turn(self._window, self.integration, self.gamma)
             modalities = self._checked_modalities(by_hand)
             processes.check_method(self._method().by_tensor, features is not None)
@@ -220,7 +219,7 @@ class GradientIntegrator:
             else:
                 self._add(call, found, foreign)
         self._measuring.done(turn)
-        self._done()
+        self._done(losses)
 
     def _meet(self, call: "_Call", found: Gradients, foreign: Gradient, seen: Seen) -> None:
         """Integrate what has accumulated of each loss where losses meet, and write it."""
@@ -273,7 +272,7 @@ class GradientIntegrator:
     ) -> None:
         params = self._trainable()
         processes = self._choice.of(params)
-        losses = self._in_order(losses)
+        check_losses(losses)
         modalities = self._checked_modalities(by_hand)
         check_twice(self._method(), processes, features is not None, self._window)
         with grads_set_aside(params) as foreign:
@@ -288,10 +287,11 @@ class GradientIntegrator:
         self.stats = found.stats
         self._seen = (params, found.blocks, Seen())
         self._window = window if keep else None
-        self._done()
+        self._done(losses)
 
-    def _done(self) -> None:
+    def _done(self, losses: Losses) -> None:
         self.has_integrated = True
+        self.most_losses = max(self.most_losses, len(losses))
         if not self._warned and not callable(self.integration):
             self._warned = warn_of_small_gradient(self.stats)
 
@@ -370,13 +370,6 @@ class GradientIntegrator:
         """Names of the losses that a leaf, which is not among the parameters, is behind."""
         behind = {n: processes.leaves_not_among(params, {n: losses[n]}) for n in losses}
         return [name for name, leaves in behind.items() if any(leaf is other for other in leaves)]
-
-    def _in_order(self, losses: Losses) -> Losses:
-        """The losses in the order in which their names first came: it is that of all rows."""
-        check_losses(losses)
-        self.most_losses = max(self.most_losses, len(losses))
-        self._order |= dict.fromkeys(losses)
-        return {name: losses[name] for name in self._order if name in losses}
 
     def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
         modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)

@@ -1,6 +1,6 @@
 """What an integration saw, on the device until somebody looks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,18 @@ class BlockStats:
     gamma: float = 1.0
     stretch: Tensor | None = None
     gram_across: Tensor | None = None
+
+    def in_order(self, objectives: tuple[str, ...]) -> "BlockStats":
+        """The same, with the same objectives in another order."""
+        places = [self.objectives.index(name) for name in objectives]
+        across = self.gram_across
+        return replace(
+            self,
+            objectives=objectives,
+            gram=self.gram[..., places, :][..., places],
+            coefficients=self.coefficients[..., places],
+            gram_across=None if across is None else across[..., places, :][..., places],
+        )
 
     @property
     def scale(self) -> Tensor:

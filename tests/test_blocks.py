@@ -257,21 +257,6 @@ def test_the_table_tells_what_no_loss_reaches() -> None:
     assert sum(block.numbers for block in opt.blocks) == sum(p.numel() for p in model.parameters())
 
 
-def test_blocks_are_named_by_the_order_in_which_losses_first_came() -> None:
-    model, batch = LateFusion(), audio_visual_batch()
-    opt = MMParetoOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1),
-        integration=lambda gram: torch.tensor([2.0, 0.0]).to(gram),  # of the joint loss alone
-    )
-    opt.backward(model.losses(batch))
-    first, names = grads(model), list(opt.stats)
-    opt.zero_grad()
-    opt.backward(dict(reversed(model.losses(batch).items())))
-    assert list(opt.stats) == names == ["mm+audio", "mm+visual"]
-    for one, other in zip(grads(model), first, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_a_block_may_be_several_modules() -> None:
     model = LateFusion()
     opt = MMParetoOptimizer(

@@ -2,7 +2,7 @@
 
 import csv
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,7 @@ class ConflictRecorder:
         self._written = 0  # records whose curves are written
         self._points_written = 0  # numbers of those that come next, where a writer failed
         self._tracks: dict[Kind, Track] = {}
+        self._orders: dict[frozenset[str], tuple[str, ...]] = {}
 
     def record(self, source: HasStats, *_hook_arguments: object) -> None:
         """Add what the last integration saw as one step.
@@ -92,6 +93,7 @@ class ConflictRecorder:
         """
         when = When(self._recorded, self.step, self.epoch)
         for block, stats in _stats_of(source).items():
+            block, stats = self._in_known_order(block, stats)
             kind = kind_of(block, stats)
             if kind not in self._tracks:
                 self._tracks[kind] = Track(kind)
@@ -169,6 +171,16 @@ class ConflictRecorder:
         self._written = state_dict["written"]
         self._points_written = state_dict["points_written"]
         self._tracks = {track.kind: track for track in tracks}
+        self._orders = {frozenset(kind.objectives): kind.objectives for kind in self._tracks}
+
+    def _in_known_order(self, block: str, stats: BlockStats) -> tuple[str, BlockStats]:
+        """The same losses in another order are the same block."""
+        given = stats.objectives
+        known = self._orders.setdefault(frozenset(given), given)
+        if known == given:
+            return block, stats
+        name = joined(known) if block == joined(given) else block
+        return name, stats.in_order(known)
 
     def _points(self) -> list[tuple[str, float, int]]:
         """Tags, values and steps of what has not been written."""
@@ -189,6 +201,11 @@ class ConflictRecorder:
         ]
         found.sort(key=lambda record: record[1].number)
         return found
+
+
+def joined(objectives: Sequence[str]) -> str:
+    """The name of a block that is found by reach."""
+    return "+".join(map(str, objectives))
 
 
 def _stats_of(source: Any) -> Mapping[str, BlockStats]:
@@ -218,6 +235,6 @@ def _row(track: Track, when: When, values: dict[str, Any]) -> Row:
         "step": when.step,
         "epoch": when.epoch,
         "block": track.kind.block,
-        "objectives": "+".join(map(str, track.kind.objectives)),
+        "objectives": joined(track.kind.objectives),
     }
     return row | values
