@@ -34,7 +34,7 @@ sys.path.insert(0, str(FOLDER.parent / "examples"))
 import audio_visual_digits  # noqa: E402
 import colored_gray_digits  # noqa: E402
 import multimnist  # noqa: E402
-from common import GAMMA, Split, accuracy, batches, epochs  # noqa: E402
+from common import Split, accuracy, batches, epochs  # noqa: E402
 
 from mmpareto_optim import MMParetoOptimizer  # noqa: E402
 
@@ -60,9 +60,7 @@ def train(example: str, method: str, seed: int, options: argparse.Namespace) -> 
     torch.manual_seed(seed)
     model = module.make_model(False)
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-    optimizer = MMParetoOptimizer(
-        sgd, integration="uniform" if method == "uniform" else "mmpareto", gamma=GAMMA
-    )
+    optimizer = MMParetoOptimizer(sgd, integration="uniform" if method == "uniform" else "mmpareto")
     run = Run({})
     take_step = partial(step, model, optimizer, method, run)
     for _ in epochs(model, optimizer, train_split, options, take_step):

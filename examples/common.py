@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,24 +28,16 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mmpareto_optim import MMParetoOptimizer
-from mmpareto_optim.integration import Integration
-
-GAMMA = 1.5
-
-
-def longer_sum(gram: Tensor) -> Tensor:
-    """A control: the plain sum times gamma, so that only the step is longer."""
-    return torch.full_like(gram[0], GAMMA)
-
 
 # The first trains the shared parts by the joint loss alone (the other heads read detached
 # features, so that they can be scored too); the others differ in how they integrate gradients.
-METHODS: dict[str, Integration] = {
-    "one joint loss": "uniform",
-    "uniform": "uniform",
-    "uniform x 1.5": longer_sum,
-    "conventional Pareto": "pareto",
-    "MMPareto": "mmpareto",
+# "uniform x 1.5" is a control: the plain sum times MMPareto's gamma, so that only the step is longer.
+METHODS: dict[str, dict[str, Any]] = {
+    "one joint loss": {"integration": "uniform"},
+    "uniform": {"integration": "uniform"},
+    "uniform x 1.5": {"integration": "uniform", "gamma": 1.5},
+    "conventional Pareto": {"integration": "pareto"},
+    "MMPareto": {"integration": "mmpareto"},
 }
 JOINT = "one joint loss"
 BATCH_SIZE = 64
@@ -255,7 +248,7 @@ def compare(
                 torch.manual_seed(seed)
                 model = make_model(method == JOINT)
                 sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-                optimizer = MMParetoOptimizer(sgd, integration=METHODS[method], gamma=GAMMA)
+                optimizer = MMParetoOptimizer(sgd, **METHODS[method])
                 cosines: dict[str, list[Tensor]] = {}
                 take_step = partial(train_step, model, optimizer, cosines)
                 for _ in epochs(model, optimizer, train_split, options, take_step):
@@ -276,14 +269,15 @@ def epochs(
     split: Split,
     options: argparse.Namespace,
     take_step: Callable[[Split], object],
+    size: int = BATCH_SIZE,
 ) -> Iterator[int]:
     """Train for ``options.epochs`` with the peak ``options.lr``; yields after each epoch."""
-    steps = options.epochs * ceil(len(split) / BATCH_SIZE)
+    steps = options.epochs * ceil(len(split) / size)
     # Drives the wrapper like any optimizer; the warm-up keeps every seed stable.
     schedule = OneCycleLR(optimizer, options.lr, steps, cycle_momentum=False)
     for epoch in range(options.epochs):
         model.train()
-        for batch in batches(split, torch.randperm(len(split))):
+        for batch in batches(split, torch.randperm(len(split)), size):
             take_step(batch)
             schedule.step()
         yield epoch

@@ -31,7 +31,6 @@ import torch
 from clips import FRAMES, Clip, ClipSet, PreparedClips, find_clips, prepare, prepared_path
 from common import (
     BATCH_SIZE,
-    GAMMA,
     JOINT,
     METHODS,
     Comparison,
@@ -185,7 +184,7 @@ def train(
     torch.manual_seed(seed)
     model = make_model(method == JOINT, classes).to(options.device)
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4)
-    optimizer = MMParetoOptimizer(sgd, integration=METHODS[method], gamma=GAMMA)
+    optimizer = MMParetoOptimizer(sgd, **METHODS[method])
     schedule = StepLR(optimizer, DECAY_EPOCH, 0.1)
     cosines: dict[str, list[float]] = {}
     checkpoint = Checkpoint(

@@ -1,0 +1,178 @@
+"""Does it pay? MMPareto against well-tuned plain sums, on multimodal data and physics.
+
+    python benchmarks/pays.py --data-dir DIR            # utd_mhad.npz, avletters.npz: all settings
+    python benchmarks/pays.py --settings helmholtz      # needs no data
+
+Every method gets the learning rate that is best on validation data (held-out training subjects,
+talkers or repetitions; for physics other seeds), then the report's seeds. Finished runs are kept in
+--results and not redone; delete the folder when the code that trains has changed. Writes
+docs/evidence.md, its picture and its runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from pays_runs import (
+    ALONE,
+    MMPARETO,
+    REPLAYS,
+    SETTINGS,
+    Job,
+    Result,
+    find,
+    perform,
+)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+
+FOLDER = Path(__file__).resolve().parent
+COLUMNS = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+
+
+class Finished:
+    """The finished runs of a folder: what validation chose, and the report's scores."""
+
+    def __init__(self, folder: Path, seeds: int | None) -> None:
+        self.folder = folder
+        self._seeds = seeds
+
+    def seeds(self, setting: str) -> range:
+        return range(self._seeds or SETTINGS[setting].seeds)
+
+    def validations(self, setting: str, method: str, lr: float) -> list[Job]:
+        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
+        seeds = SETTINGS[setting].tuning
+        return [Job(setting, method, lr, seed, True, source) for seed in seeds]
+
+    def validated(self, setting: str, method: str, lr: float, head: str = "mm") -> float:
+        """Mean score on validation data, the higher the better; -inf of what is unfinished."""
+        runs = [find(job, self.folder) for job in self.validations(setting, method, lr)]
+        found = [score(run, head) for run in runs if run is not None]
+        return mean(found) if len(found) == len(runs) else -np.inf
+
+    def lr(self, setting: str, method: str, head: str = "mm") -> float:
+        rates = SETTINGS[setting].rates
+        return max(rates, key=lambda lr: self.validated(setting, method, lr, head))
+
+    def best(self, setting: str, among: Iterable[str]) -> str:
+        """The method of the best validation score, each at its rate."""
+        return max(among, key=lambda m: self.validated(setting, m, self.lr(setting, m)))
+
+    def report_job(self, setting: str, method: str, seed: int, head: str = "mm") -> Job:
+        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
+        return Job(setting, method, self.lr(setting, method, head), seed, False, source)
+
+    def report(self, setting: str, method: str, head: str = "mm") -> list[Result]:
+        """The report's runs by seed; none while one is missing."""
+        jobs = [self.report_job(setting, method, seed, head) for seed in self.seeds(setting)]
+        runs = [find(job, self.folder) for job in jobs]
+        return [] if None in runs else [run for run in runs if run is not None]
+
+    def scores(self, setting: str, method: str, head: str = "mm") -> list[float]:
+        return [score(run, head) for run in self.report(setting, method, head)]
+
+
+def score(run: Result, head: str = "mm") -> float:
+    """Accuracy in %, or the negative decimal logarithm of the relative error."""
+    return float(run["accuracy"][head]) if "accuracy" in run else float(-np.log10(run["error"]))
+
+
+def stages(setting: str, finished: Finished) -> Iterator[tuple[str, list[Job]]]:
+    """What needs what: replays need MMPareto's runs, the report needs the chosen rates."""
+    methods = SETTINGS[setting].methods
+    first = [method for method in methods if method not in REPLAYS]
+    for title, among in (("tuning", first), ("tuning replays", REPLAYS)):
+        yield title, [job for method in among for job in tuning(setting, method, finished)]
+    for title, among in (("report", first), ("replays", REPLAYS)):
+        yield (
+            title,
+            [
+                job
+                for seed in finished.seeds(setting)
+                for method in among
+                for job in reported(setting, method, seed, finished)
+            ],
+        )
+
+
+def tuning(setting: str, method: str, finished: Finished) -> list[Job]:
+    rates = SETTINGS[setting].rates
+    return [job for lr in rates for job in finished.validations(setting, method, lr)]
+
+
+def reported(setting: str, method: str, seed: int, finished: Finished) -> list[Job]:
+    """One run; of what is trained alone, one for each modality's rate."""
+    heads = SETTINGS[setting].modalities if method == ALONE else ("mm",)
+    jobs = (finished.report_job(setting, method, seed, head) for head in heads)
+    return list(dict.fromkeys(jobs))
+
+
+def run_all(options: argparse.Namespace) -> None:
+    options.results.mkdir(parents=True, exist_ok=True)
+    finished = Finished(options.results, options.seeds)
+    with Progress(*COLUMNS) as progress:
+        for setting in options.settings:
+            for title, jobs in stages(setting, finished):
+                run(jobs, f"{setting}: {title}", options, progress)
+
+
+def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Progress) -> None:
+    """Those that are not finished, in worker processes or, with one worker, in this one."""
+    left = [job for job in jobs if find(job, options.results) is None]
+    minutes = sum(job.cost for job in left) / options.workers / 60
+    progress.console.print(f"{title}: {len(left)} runs to do, about {minutes:.0f} minutes")
+    bar = progress.add_task(title, total=sum(job.cost for job in left))
+    if options.workers == 1:
+        for job in left:
+            perform(job, options.results, options.data_dir)
+            progress.advance(bar, job.cost)
+        return
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        running = {
+            pool.submit(perform, job, options.results, options.data_dir): job for job in left
+        }
+        for done in as_completed(running):
+            done.result()
+            progress.advance(bar, running[done].cost)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, help="folder of utd_mhad.npz and avletters.npz")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--seeds", type=int, help="of the report (default: 20; AVLetters 10)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: all cores)")
+    parser.add_argument("--results", type=Path, default=Path("results/pays"))
+    parser.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "evidence.md")
+    parser.add_argument("--page", action="store_true", help="only write it, of what is finished")
+    parser.add_argument("--runs-only", action="store_true", help="do not write the page")
+    options = parser.parse_args(arguments)
+    if options.seeds is not None and options.seeds < 3:
+        parser.error("--seeds must be at least 3: an interval takes some")
+    with_data = options.data_dir is not None or options.page
+    if options.settings is None:
+        options.settings = [s for s in SETTINGS if with_data or SETTINGS[s].physics]
+    elif not with_data and not all(SETTINGS[s].physics for s in options.settings):
+        parser.error("these settings need --data-dir")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if not options.page:
+        run_all(options)
+    if not options.runs_only:
+        from pays_page import write_page  # statsmodels takes seconds to import
+
+        write_page(options.settings, Finished(options.results, options.seeds), options.output)
+
+
+if __name__ == "__main__":
+    main()
