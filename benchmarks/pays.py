@@ -25,6 +25,7 @@ from pays_runs import (
     MMPARETO,
     REPLAYS,
     SETTINGS,
+    WEIGHTS,
     Job,
     Result,
     find,
@@ -90,7 +91,8 @@ def stages(setting: str, finished: Finished) -> Iterator[tuple[str, list[Job]]]:
     first = [method for method in methods if method not in REPLAYS]
     for title, among in (("tuning", first), ("tuning replays", REPLAYS)):
         yield title, [job for method in among for job in tuning(setting, method, finished)]
-    for title, among in (("report", first), ("replays", REPLAYS)):
+    kept = [method for method in first if shown(setting, method, finished)]
+    for title, among in (("report", kept), ("replays", REPLAYS)):
         yield (
             title,
             [
@@ -100,6 +102,11 @@ def stages(setting: str, finished: Finished) -> Iterator[tuple[str, list[Job]]]:
                 for job in reported(setting, method, seed, finished)
             ],
         )
+
+
+def shown(setting: str, method: str, finished: Finished) -> bool:
+    """Of the weights that were swept, the report trains the one that validation chose."""
+    return method not in WEIGHTS or method == finished.best(setting, WEIGHTS)
 
 
 def tuning(setting: str, method: str, finished: Finished) -> list[Job]:

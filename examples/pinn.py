@@ -1,7 +1,7 @@
 """Physics-informed networks: residual, boundary and initial conditions are losses that fight.
 
 A network of 4 hidden layers of 50 tanh is trained to solve a partial differential equation by the
-mean square of each condition at fixed points (Raissi et al., 2019): Helmholtz and Klein-Gordon as
+mean square of each condition at points drawn anew in each step (Raissi et al., 2019): Helmholtz and Klein-Gordon as
 in Wang, Teng & Perdikaris (2021, arXiv 2001.04536), Burgers as in Raissi et al. There is one network
 that all losses share, so it is named as one block. Prints the relative L2 error on a grid, the
 steps in conflict and those in which the plain sum harms a loss; needs no data.
@@ -107,7 +107,6 @@ def take_step(
 
 def train(
     problem: Problem,
-    points: Points,
     method: str,
     options: argparse.Namespace,
     after_step: Callable[[], object],
@@ -118,12 +117,17 @@ def train(
     schedule = schedule_of(optimizer, options)
     weight = 100.0 if method == WEIGHTED else 1.0
 
-    def losses_of() -> Losses:
+    fixed = problem.points(options.points)
+
+    def losses_at(points: Points) -> Losses:
         return weighted(problem.losses(net, points), weight)
 
     run = Run()
     grams = []
     for step in range(options.steps):
+        # LBFGS compares losses of several steps: they must be at the same points.
+        points = fixed if options.optimizer == "lbfgs" else problem.points(options.points)
+        losses_of = partial(losses_at, points)
         grams.append(take_step(net, optimizer, losses_of)["net"].gram)
         schedule.step()
         if (step + 1) % max(1, options.steps // CHECKS) == 0 or step + 1 == options.steps:
@@ -142,7 +146,7 @@ def shares(grams: Iterable[Tensor]) -> tuple[float, float]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """The same points and the same start for each method, by seed."""
+    """The same start and the same points for each method, by seed."""
     problem = PROBLEMS[options.problem]
     found: dict[str, list[Run]] = {method: [] for method in options.methods}
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -152,8 +156,7 @@ def compare(options: argparse.Namespace) -> dict[str, list[Run]]:
             for method, runs in found.items():
                 progress.update(bar, description=f"{method}, seed {seed}")
                 torch.manual_seed(seed)
-                points = problem.points(options.points)
-                runs.append(train(problem, points, method, options, partial(progress.advance, bar)))
+                runs.append(train(problem, method, options, partial(progress.advance, bar)))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import pi
+from math import isqrt, pi
 
 import numpy as np
 import torch
@@ -81,16 +81,25 @@ def relative_error(problem: Problem, net: Network) -> float:
 
 
 def inside(box: Box, count: int) -> Tensor:
-    """Uniformly random points (count, 2)."""
+    """Random points (n, 2), one in each cell of a square grid of at most ``count`` cells.
+
+    So they leave no gaps, and the mean over few of them says much.
+    """
+    side = isqrt(count)
+    corners = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     low, high = torch.tensor(box).T
-    return low + (high - low) * torch.rand(count, 2)
+    return low + (high - low) * (corners + torch.rand(side**2, 2)) / side
 
 
 def on_sides(box: Box, axis: int, sides: tuple[int, ...], count: int) -> Tensor:
     """Random points, ``count`` on each of the box's lower (0) or upper (1) sides along an axis."""
-    points = inside(box, count * len(sides))
-    points[:, axis] = torch.tensor([box[axis][side] for side in sides]).repeat_interleave(count)
-    return points
+    low, high = box[1 - axis]
+    along = (torch.arange(count) + torch.rand(len(sides), count)) / count
+    across = torch.tensor([box[axis][side] for side in sides])[:, None].expand_as(along)
+    pair = (
+        (across, low + (high - low) * along) if axis == 0 else (low + (high - low) * along, across)
+    )
+    return torch.stack(pair, dim=-1).flatten(0, 1)
 
 
 # Helmholtz: u_xx + u_yy + u = q, u = 0 on the boundary, solved by sin(pi x) sin(4 pi y).
