@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,14 +20,14 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-import avletters  # noqa: E402
-import utd_mhad  # noqa: E402
-from common import BATCH_SIZE, LateFusion, Split, accuracy, batches, epochs  # noqa: E402
-from pinn import take_step  # noqa: E402
-from pinn_problems import PROBLEMS, Network, relative_error  # noqa: E402
-from torch.optim.lr_scheduler import CosineAnnealingLR  # noqa: E402
+import avletters
+import utd_mhad
+from common import BATCH_SIZE, LateFusion, Split, accuracy, batches, epochs
+from pinn import take_step
+from pinn_problems import PROBLEMS, Network, relative_error
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mmpareto_optim import MMParetoOptimizer  # noqa: E402
+from mmpareto_optim import MMParetoOptimizer
 
 Result = dict[str, Any]
 Coefficients = dict[str, list[list[float]]]  # by block, a row a step
@@ -181,7 +181,7 @@ def find(job: Job, folder: Path) -> Result | None:
     return _read(path) if path.is_file() else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(path: Path) -> Result:
     result: Result = json.loads(path.read_text())["result"]
     result.pop("coefficients", None)
@@ -267,8 +267,12 @@ def splits(setting: str, validation_seed: int | None, data: Path) -> tuple[Split
         validate=validation_seed is not None,
         quick=False,
     )
-    module = utd_mhad if setting == "utd_mhad" else avletters
-    return module.make_data(options, validation_seed or 0)
+    found: tuple[Split, Split] = module_of(setting).make_data(options, validation_seed or 0)
+    return found
+
+
+def module_of(setting: str) -> Any:
+    return utd_mhad if setting == "utd_mhad" else avletters
 
 
 def train_modalities(job: Job, replayed: dict[str, Tensor] | None, data: Path | None) -> Result:
@@ -277,8 +281,7 @@ def train_modalities(job: Job, replayed: dict[str, Tensor] | None, data: Path | 
     assert data is not None
     train, test = splits(job.setting, job.seed if job.validate else None, data)
     torch.manual_seed(job.seed)  # one start and one order of the batches for all methods
-    module = utd_mhad if job.setting == "utd_mhad" else avletters
-    model = module.make_model(job.method == JOINT)
+    model = module_of(job.setting).make_model(job.method == JOINT)
     sgd = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=0.9)
     optimizer = MMParetoOptimizer(sgd, **INTEGRATIONS.get(job.method, {}))
     watch = Watch()
@@ -371,7 +374,8 @@ def physics_losses(
     losses = {k: loss if k == "residual" else weight * loss for k, loss in losses.items()}
     if coefficients is None:
         return losses
-    return {"sum": sum(c * x for c, x in zip(coefficients, losses.values(), strict=True))}
+    terms = [c * x for c, x in zip(coefficients, losses.values(), strict=True)]
+    return {"sum": torch.stack(terms).sum()}
 
 
 def summed(losses_of: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:

@@ -31,7 +31,7 @@ from mmpareto_optim import MMParetoOptimizer
 
 # The first trains the shared parts by the joint loss alone (the other heads read detached
 # features, so that they can be scored too); the others differ in how they integrate gradients.
-# "uniform x 1.5" is a control: the plain sum times MMPareto's gamma, so that only the step is longer.
+# "uniform x 1.5" is a control: the plain sum times MMPareto's gamma, which only lengthens the step.
 METHODS: dict[str, dict[str, Any]] = {
     "one joint loss": {"integration": "uniform"},
     "uniform": {"integration": "uniform"},

@@ -1,10 +1,10 @@
 """Physics-informed networks: residual, boundary and initial conditions are losses that fight.
 
 A network of 4 hidden layers of 50 tanh is trained to solve a partial differential equation by the
-mean square of each condition at points drawn anew in each step (Raissi et al., 2019): Helmholtz and Klein-Gordon as
-in Wang, Teng & Perdikaris (2021, arXiv 2001.04536), Burgers as in Raissi et al. There is one network
-that all losses share, so it is named as one block. Prints the relative L2 error on a grid, the
-steps in conflict and those in which the plain sum harms a loss; needs no data.
+mean square of each condition, at points drawn anew in each step: Helmholtz and Klein-Gordon as in
+Wang, Teng & Perdikaris (2021, arXiv 2001.04536), Burgers as in Raissi et al. (2019). All losses
+share one network, so it is named as one block. Prints the relative L2 error on a grid, the steps
+in conflict and those in which the plain sum harms a loss; needs no data.
 
     python pinn.py
     python pinn.py --problem burgers --steps 10000

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isqrt, pi
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +25,17 @@ class Network(nn.Module):
     def __init__(self, width: int = 50, depth: int = 4) -> None:
         super().__init__()
         sizes = [2, *[width] * depth, 1]
-        self.layers = nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
-        for layer in self.layers:
+        layers = [nn.Linear(*size) for size in pairwise(sizes)]
+        self.hidden, self.last = nn.ModuleList(layers[:-1]), layers[-1]
+        for layer in layers:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, points: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        for layer in self.hidden:
             points = layer(points).tanh()
-        return self.layers[-1](points).squeeze(-1)
+        values: Tensor = self.last(points)
+        return values.squeeze(-1)
 
     def derivatives(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n,), first derivatives (2, n) and second ones (2, n), along each coordinate.
@@ -41,18 +45,18 @@ class Network(nn.Module):
         """
         directions = torch.eye(2).to(points)[:, None].expand(2, *points.shape)
         rows = torch.cat([points[None], directions, torch.zeros_like(directions)])
-        for layer in self.layers[:-1]:
+        for layer in self.hidden:
             inner, d_inner, d2_inner = _through(layer, rows)
             outer = inner.tanh()
             slope = 1 - outer.square()
             first = slope * d_inner
             second = slope * d2_inner - 2 * outer * first * d_inner
             rows = torch.cat([outer, first, second])
-        value, first, second = (part.squeeze(-1) for part in _through(self.layers[-1], rows))
+        value, first, second = (part.squeeze(-1) for part in _through(self.last, rows))
         return value[0], first, second
 
 
-def _through(layer: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _through(layer: Any, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The value with the bias, the derivatives without it."""
     value, first, second = linear(rows, layer.weight).split([1, 2, 2])
     return value + layer.bias, first, second
@@ -87,7 +91,7 @@ def inside(box: Box, count: int) -> Tensor:
     """
     side = isqrt(count)
     corners = torch.cartesian_prod(torch.arange(side), torch.arange(side))
-    low, high = torch.tensor(box).T
+    low, high = torch.tensor(box).unbind(1)
     return low + (high - low) * (corners + torch.rand(side**2, 2)) / side
 
 
@@ -130,7 +134,7 @@ VISCOSITY = 0.01 / pi
 
 
 def burgers_solution(points: Tensor) -> Tensor:
-    """By the Cole-Hopf transform, integrated by Gauss-Hermite quadrature (Basdevant et al. 1986)."""
+    """By the Cole-Hopf transform and Gauss-Hermite quadrature (Basdevant et al., 1986)."""
     nodes, weights = (torch.as_tensor(x) for x in np.polynomial.hermite.hermgauss(200))
     t, x = points.double()[:, :, None].unbind(1)
     shifted = x - (4 * VISCOSITY * t).sqrt() * nodes
