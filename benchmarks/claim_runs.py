@@ -1,4 +1,4 @@
-"""The trainings and the convex problems behind docs/evidence.md; each is a job with a result.
+"""The trainings and the convex problems behind docs/evidence_paper.md; each is a job with a result.
 
 A job names all that determines its result, and a finished one is kept as a JSON file under the
 hash of that, of the versions and of the code: it is run once.

@@ -12,6 +12,7 @@ docs/evidence.md, its picture and its runs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -78,6 +79,18 @@ class Finished:
 
     def scores(self, setting: str, method: str, head: str = "mm") -> list[float]:
         return [score(run, head) for run in self.report(setting, method, head)]
+
+    def alone(self, setting: str, head: str) -> list[float]:
+        """Of the encoder that was trained alone, at the rate that is best for its own head."""
+        return self.scores(setting, ALONE, head)
+
+    def all(self, setting: str) -> Iterator[tuple[Job, Result]]:
+        """Every finished run of a setting, in the order of the files' names."""
+        for path in sorted(self.folder.glob(f"{setting}_*.json")):
+            job = Job(**json.loads(path.read_text())["job"])
+            result = find(job, self.folder)
+            if job.setting == setting and result is not None:
+                yield job, result
 
 
 def score(run: Result, head: str = "mm") -> float:

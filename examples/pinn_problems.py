@@ -40,8 +40,8 @@ class Network(nn.Module):
     def derivatives(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values (n,), first derivatives (2, n) and second ones (2, n), along each coordinate.
 
-        They go through the layers beside the value, by the chain rule: one forward pass, and one
-        backward pass of ordinary depth, where nested ``autograd.grad`` takes several times as long.
+        They go through the layers beside the value, by the chain rule: a loss of them takes one
+        forward and one backward pass, without the graphs of graphs of nested ``autograd.grad``.
         """
         directions = torch.eye(2).to(points)[:, None].expand(2, *points.shape)
         rows = torch.cat([points[None], directions, torch.zeros_like(directions)])
