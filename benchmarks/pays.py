@@ -12,90 +12,20 @@ docs/evidence.md, its picture and its runs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
 
-import numpy as np
-from pays_runs import (
-    ALONE,
-    MMPARETO,
-    REPLAYS,
-    SETTINGS,
-    WEIGHTS,
-    Job,
-    Result,
-    find,
-    perform,
-)
+from pays_extras import jobs_of
+from pays_finished import Finished
+from pays_runs import perform
+from pays_settings import ALONE, REPLAYS, SETTINGS, WEIGHTS, Job, find
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-
-
-class Finished:
-    """The finished runs of a folder: what validation chose, and the report's scores."""
-
-    def __init__(self, folder: Path, seeds: int | None) -> None:
-        self.folder = folder
-        self._seeds = seeds
-
-    def seeds(self, setting: str) -> range:
-        return range(self._seeds or SETTINGS[setting].seeds)
-
-    def validations(self, setting: str, method: str, lr: float) -> list[Job]:
-        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
-        seeds = SETTINGS[setting].tuning
-        return [Job(setting, method, lr, seed, True, source) for seed in seeds]
-
-    def validated(self, setting: str, method: str, lr: float, head: str = "mm") -> float:
-        """Mean score on validation data, the higher the better; -inf of what is unfinished."""
-        runs = [find(job, self.folder) for job in self.validations(setting, method, lr)]
-        found = [score(run, head) for run in runs if run is not None]
-        return mean(found) if len(found) == len(runs) else -np.inf
-
-    def lr(self, setting: str, method: str, head: str = "mm") -> float:
-        rates = SETTINGS[setting].rates
-        return max(rates, key=lambda lr: self.validated(setting, method, lr, head))
-
-    def best(self, setting: str, among: Iterable[str]) -> str:
-        """The method of the best validation score, each at its rate."""
-        return max(among, key=lambda m: self.validated(setting, m, self.lr(setting, m)))
-
-    def report_job(self, setting: str, method: str, seed: int, head: str = "mm") -> Job:
-        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
-        return Job(setting, method, self.lr(setting, method, head), seed, False, source)
-
-    def report(self, setting: str, method: str, head: str = "mm") -> list[Result]:
-        """The report's runs by seed; none while one is missing."""
-        jobs = [self.report_job(setting, method, seed, head) for seed in self.seeds(setting)]
-        runs = [find(job, self.folder) for job in jobs]
-        return [] if None in runs else [run for run in runs if run is not None]
-
-    def scores(self, setting: str, method: str, head: str = "mm") -> list[float]:
-        return [score(run, head) for run in self.report(setting, method, head)]
-
-    def alone(self, setting: str, head: str) -> list[float]:
-        """Of the encoder that was trained alone, at the rate that is best for its own head."""
-        return self.scores(setting, ALONE, head)
-
-    def all(self, setting: str) -> Iterator[tuple[Job, Result]]:
-        """Every finished run of a setting, in the order of the files' names."""
-        for path in sorted(self.folder.glob(f"{setting}_*.json")):
-            job = Job(**json.loads(path.read_text())["job"])
-            result = find(job, self.folder)
-            if job.setting == setting and result is not None:
-                yield job, result
-
-
-def score(run: Result, head: str = "mm") -> float:
-    """Accuracy in %, or the negative decimal logarithm of the relative error."""
-    return float(run["accuracy"][head]) if "accuracy" in run else float(-np.log10(run["error"]))
 
 
 def stages(setting: str, finished: Finished) -> Iterator[tuple[str, list[Job]]]:
@@ -141,6 +71,9 @@ def run_all(options: argparse.Namespace) -> None:
         for setting in options.settings:
             for title, jobs in stages(setting, finished):
                 run(jobs, f"{setting}: {title}", options, progress)
+        if options.extras:
+            jobs = list(jobs_of(options.settings, finished))
+            run(jobs, "scales and batches", options, progress)
 
 
 def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Progress) -> None:
@@ -171,6 +104,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: all cores)")
     parser.add_argument("--results", type=Path, default=Path("results/pays"))
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "evidence.md")
+    parser.add_argument("--extras", action="store_true", help="one loss scaled, other batches")
     parser.add_argument("--page", action="store_true", help="only write it, of what is finished")
     parser.add_argument("--runs-only", action="store_true", help="do not write the page")
     options = parser.parse_args(arguments)

@@ -12,10 +12,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import BATCH_SIZE
 from matplotlib.axes import Axes
-from pays import Finished
-from pays_runs import ALONE, JOINT, MMPARETO, REPLAYS, RULES, SETTINGS, UNIFORM, Result
+from pays_extras import SCALED, SCALES, batch_lines, scale_lines
+from pays_finished import Finished
+from pays_settings import ALONE, BATCH, JOINT, MMPARETO, REPLAYS, RULES, SETTINGS, UNIFORM, Result
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -27,6 +27,13 @@ CLAIMS = {
     "simpler": "one joint loss, the longer step alone, unimodal gradients",
     "alone": "the encoders trained alone",
 }
+BATCH_HEADER = (
+    "conflict: inertial",
+    "conflict: skeleton",
+    "harmful: inertial",
+    "harmful: skeleton",
+    "accuracy",
+)
 BETTER, WORSE, OPEN = "better", "worse", "undecided"
 
 
@@ -230,7 +237,7 @@ def write_runs(settings: Sequence[str], finished: Finished, path: Path) -> None:
             kept: dict[str, Any] = {"setting": setting, "method": job.method, "lr": job.lr}
             kept |= {"seed": job.seed, "validation": job.validate}
             kept |= {"scale": job.scale} if job.scale != 1 else {}
-            kept |= {"batch": job.batch} if job.batch != BATCH_SIZE else {}
+            kept |= {"batch": job.batch} if job.batch != BATCH else {}
             for name in ("accuracy", "error", "conflict", "harmful", "mean_coefficients"):
                 if result.get(name):
                     kept[name] = _short(result[name])
@@ -264,6 +271,13 @@ def write_page(settings: Sequence[str], finished: Finished, path: Path) -> None:
     page = filled(page, "shares", shares_table(settings, finished))
     for setting in settings:
         page = filled(page, setting, methods_table(setting, rows, finished))
+        if setting in SCALED and f"<!-- scaled {setting} -->" in page:
+            header = ("", *(f"{scale:g}" for scale in SCALES))
+            lines = scale_lines(setting, finished)
+            page = filled(page, f"scaled {setting}", table(lines, header, len(SCALES)))
+    if "<!-- batches -->" in page:
+        header = ("batch", *BATCH_HEADER)
+        page = filled(page, "batches", table(batch_lines(finished), header, 5))
     path.write_text(page)
     plot(settings, rows, finished, path.with_name("evidence.png"))
     write_runs(settings, finished, path.with_name("evidence_runs.jsonl"))

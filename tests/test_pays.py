@@ -14,8 +14,9 @@ pytest.importorskip("matplotlib", reason="the benchmarks extra is not installed"
 
 import pays
 import pays_runs
+import pays_settings
 from common import LateFusion, Split
-from pays_runs import CONSTANT, MMPARETO, SHUFFLED, UNIFORM, Job
+from pays_settings import CONSTANT, MMPARETO, SHUFFLED, UNIFORM, Job
 
 from mmpareto_optim import MMParetoOptimizer
 
@@ -84,9 +85,9 @@ def test_a_replay_is_the_mean_or_a_permutation(tmp_path: Path) -> None:
 
 
 def short(setting: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    rates = pays_runs.SETTINGS[setting].rates[:2]
-    made = replace(pays_runs.SETTINGS[setting], length=1, rates=rates, tuning=(100,), **changes)  # type: ignore[arg-type]
-    monkeypatch.setitem(pays_runs.SETTINGS, setting, made)
+    rates = pays_settings.SETTINGS[setting].rates[:2]
+    made = replace(pays_settings.SETTINGS[setting], length=1, rates=rates, tuning=(100,), **changes)  # type: ignore[arg-type]
+    monkeypatch.setitem(pays_settings.SETTINGS, setting, made)
 
 
 def page_for(settings: list[str], folder: Path) -> Path:
