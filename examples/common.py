@@ -374,9 +374,9 @@ def plot_modalities(
     for number, method in enumerate(comparison.runs):
         means, spreads = zip(*(comparison.summary(method, head) for head in heads), strict=True)
         left.bar(places + 0.16 * (number - 2), means, 0.16, yerr=spreads, capsize=2, label=method)
-    left.set_xticks(places, list(heads.values()))
+    left.set_xticks(places, [title.replace(" ", "\n") for title in heads.values()])
     left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
-    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
     for axes, (block, part) in zip(others, blocks.items(), strict=True):
         plot_cosines(axes, comparison, block)
