@@ -23,8 +23,9 @@ from torch.nn.functional import avg_pool2d
 
 FILE = "avletters.npz"
 GET_DATA = """
-{folder} should hold avletters.npz, made of the data set, which its authors give for research
-(Matthews, Cootes, Bangham, Cox & Harvey, "Extraction of visual features for lipreading"). Arrays
+{folder} should hold avletters.npz. prepare_sequences.py makes it of the files that the authors give
+for research (Matthews, Cootes, Bangham, Cox & Harvey, "Extraction of visual features for
+lipreading", 2002): Lips and Audio. Its arrays
   mfcc        (utterances, 48, 26)       float, cepstral coefficients of the sound
   video       (utterances, 24, 30, 40)   uint8, the lips, at half the original size
   label       (utterances,)              0 to 25

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 FILE = "utd_mhad.npz"
 GET_DATA = """
-{folder} should hold utd_mhad.npz, made of the authors' files, which are free for research:
-personal.utdallas.edu/~kehtar/UTD-MHAD.html (Inertial and Skeleton, and Depth if wanted). Its arrays
+{folder} should hold utd_mhad.npz. prepare_sequences.py makes it of the authors' files, which are
+free for research: personal.utdallas.edu/~kehtar/UTD-MHAD.html (Inertial and Skeleton, and Depth if
+wanted). Its arrays
   inertial  (trials, 96, 6)       float, accelerometer then gyroscope (their d_iner)
   skeleton  (trials, 48, 20, 3)   float, joints (their d_skel)
   depth     (trials, 8, 48, 64)   uint8 (their d_depth); only for --modalities depth
