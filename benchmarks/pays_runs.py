@@ -43,7 +43,7 @@ from mmpareto_optim import MMParetoOptimizer
 
 Coefficients = dict[str, list[list[float]]]  # by block, a row a step
 
-POINTS = 256  # of a residual, drawn anew in each step
+POINTS = 196  # of a residual, drawn anew in each step
 WORST_ERROR = 1e3  # what a diverged solution counts as
 DIGITS = 5  # significant ones that are kept of coefficients
 

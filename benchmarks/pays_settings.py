@@ -82,7 +82,7 @@ class Setting:
 
 
 _SGD = (0.01, 0.03, 0.1)
-_ADAM = (2e-3, 5e-3, 1e-2)
+_ADAM = (5e-3, 1e-2)
 SETTINGS = {
     "utd_mhad": Setting(
         "UTD-MHAD, inertial and skeleton",
@@ -93,24 +93,24 @@ SETTINGS = {
         1.4,
         ("inertial", "skeleton"),
     ),
-    "helmholtz": Setting("Helmholtz equation", _ADAM, 1000, 10, (100, 101), 6),
-    "burgers": Setting("Burgers equation", _ADAM, 1000, 10, (100, 101), 7),
+    "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 10, (100, 101), 4),
+    "burgers": Setting("Burgers equation", _ADAM, 800, 10, (100, 101), 5),
     "avletters_talker": Setting(
         "AVLetters, by talker",
-        _SGD,
+        (0.03, 0.1),
         20,
-        10,
-        (100, 101, 102),
+        6,
+        (100, 101),
         1.6,
         ("audio", "lips"),
         "talker",
     ),
     "avletters_repetition": Setting(
         "AVLetters, by repetition",
-        _SGD,
+        (0.03, 0.1),
         20,
-        10,
-        (100, 101, 102),
+        6,
+        (100, 101),
         1.6,
         ("audio", "lips"),
         "repetition",
