@@ -33,7 +33,9 @@ class Finished:
         return mean(found) if len(found) == len(runs) else -np.inf
 
     def lr(self, setting: str, method: str, head: str = "mm") -> float:
+        """The best for the joint head; of what is trained alone, for the head itself."""
         rates = SETTINGS[setting].rates
+        head = head if method == ALONE else "mm"
         return max(rates, key=lambda lr: self.validated(setting, method, lr, head))
 
     def best(self, setting: str, among: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ INTEGRATIONS: dict[str, dict[str, Any]] = {
     MMPARETO: {},
     "MMPareto, gamma 1": {"gamma": 1.0},
     "MMPareto, gamma 2": {"gamma": 2.0},
+    "MMPareto, gamma 3": {"gamma": 3.0},
     "conventional Pareto": {"integration": "pareto"},
     "dual projection": {"integration": "dualproj"},
     "ConFIG": {"integration": "config"},
@@ -42,7 +43,7 @@ INTEGRATIONS: dict[str, dict[str, Any]] = {
 }
 RULES = ("conventional Pareto", "dual projection", "ConFIG", "UPGrad")
 SCALINGS = (UNIFORM, "uniform x 1.5", "uniform x 2", "uniform x 3")
-GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2")
+GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2", "MMPareto, gamma 3")
 # Fixed weights of the boundary's and the initial conditions' losses beside the residual's.
 WEIGHTS = {f"weight {weight:g}": weight for weight in (1e-2, 1e-1, 1e1, 1e2, 1e3)}
 

@@ -92,7 +92,7 @@ def short(setting: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> N
 
 def page_for(settings: list[str], folder: Path) -> Path:
     path = folder / "evidence.md"
-    names = ["verdicts", "shares", *settings]
+    names = ["verdicts", "shares", "lengths", *settings]
     path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
     return path
 
@@ -133,27 +133,27 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_holm_within_a_claim_and_signs() -> None:
     pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    import pays_page
+    import pays_statistics
 
-    def row(claim: str, p: float, difference: float = 1.0) -> pays_page.Row:
-        return pays_page.Row(claim, "utd_mhad", "other", difference, 0.5, 1.5, p)
+    def row(claim: str, p: float, difference: float = 1.0) -> pays_statistics.Row:
+        return pays_statistics.Row(claim, "utd_mhad", "other", difference, 0.5, 1.5, p)
 
     rows = [row("a", 0.01), row("a", 0.04), row("a", 0.03, -1.0), row("b", 0.04, -1.0)]
-    found = pays_page.corrected(rows)
+    found = pays_statistics.corrected(rows)
     assert [r.p for r in found] == pytest.approx([0.03, 0.06, 0.06, 0.04])
     assert [r.verdict for r in found] == ["better", "undecided", "undecided", "worse"]
 
 
 def test_a_factor_on_the_error_is_below_1_where_mmpareto_is_better() -> None:
     pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    import pays_page
+    import pays_statistics
 
     random = np.random.default_rng(0)
     theirs = random.normal(0, 0.1, 12)
-    better = pays_page.compared("a", "burgers", "other", list(theirs + 0.3), list(theirs))
+    better = pays_statistics.compared("a", "burgers", "other", list(theirs + 0.3), list(theirs))
     assert better.verdict == "better"
     assert better.measured.startswith("x 0.50 [0.50, 0.50]")
-    same = pays_page.compared("a", "burgers", "other", list(theirs), list(theirs))
+    same = pays_statistics.compared("a", "burgers", "other", list(theirs), list(theirs))
     assert same.verdict == "undecided"
 
 
