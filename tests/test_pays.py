@@ -97,6 +97,7 @@ def page_for(settings: list[str], folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
     threads = torch.get_num_threads()
