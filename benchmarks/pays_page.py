@@ -37,7 +37,7 @@ def table(lines: Iterable[Sequence[str]], header: Sequence[str], numbers: int) -
 
 
 def verdicts(settings: Sequence[str], rows: Sequence[Row], finished: Finished) -> str:
-    """A line a setting: how often the sum harms, and what MMPareto gains over the two sums."""
+    """A line a setting: how often the sum harms, and what MMPareto gains over the sums."""
     lines = []
     for setting in settings:
         found = {row.claim: row for row in rows if row.setting == setting}
@@ -45,18 +45,23 @@ def verdicts(settings: Sequence[str], rows: Sequence[Row], finished: Finished) -
             continue
         plain, best = found["plain sum"], found["best sum"]
         shares = harmful(finished.report(setting, UNIFORM)).values()
-        sides = found["best sum"].other
+        long = [
+            row
+            for row in rows
+            if (row.claim, row.other) == ("direction", "uniform x 1.5") and row.setting == setting
+        ]
         lines.append(
             (
                 SETTINGS[setting].title,
                 " / ".join(f"{share:.2g} %" for share in shares),
                 f"{plain.measured}, {plain.verdict}",
+                f"{long[0].measured}, {long[0].verdict}" if long else "",
                 f"{best.measured}, **{best.verdict}**",
-                sides,
+                best.other,
             )
         )
-    header = ("setting", "harmful steps", "over the plain sum", "over the best sum", "best sum")
-    return table(lines, header, 0)
+    gains = ("over the plain sum", "over the sum x 1.5", "over the best sum", "best sum")
+    return table(lines, ("setting", "harmful steps", *gains), 0)
 
 
 def methods_table(setting: str, rows: Sequence[Row], finished: Finished) -> str:
