@@ -16,6 +16,7 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
     """Gain of MMPareto over the two sums against the share of harmful steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, physics in zip(axes, (False, True), strict=True):
+        panel.set_xlim(0, 100 if physics else 1)
         for setting in settings:
             if SETTINGS[setting].physics == physics:
                 share = max(harmful(finished.report(setting, UNIFORM)).values(), default=0.0)
@@ -39,7 +40,7 @@ def _points(panel: Axes, share: float, rows: Sequence[Row]) -> None:
         label = SETTINGS[row.setting].title if filled else None
         errors = [[row.difference - row.low], [row.high - row.difference]]
         panel.errorbar(
-            share * (1 if filled else 1.02),
+            share if filled else share + 0.01 * panel.get_xlim()[1],
             row.difference,
             errors,
             fmt="o",
