@@ -159,7 +159,9 @@ def write_page(settings: Sequence[str], finished: Finished, path: Path) -> None:
     page = filled(page, "shares", shares_table(settings, finished))
     page = filled(page, "lengths", lengths_table(settings, rows))
     for setting in settings:
-        page = filled(page, setting, methods_table(setting, rows, finished))
+        measured = any(row.setting == setting for row in rows)
+        content = methods_table(setting, rows, finished) if measured else "Not run to the end."
+        page = filled(page, setting, content)
         if setting in SCALED and f"<!-- scaled {setting} -->" in page:
             header = ("", *(f"{scale:g}" for scale in SCALES))
             lines = scale_lines(setting, finished)
