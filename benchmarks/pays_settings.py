@@ -94,7 +94,7 @@ SETTINGS = {
         1.4,
         ("inertial", "skeleton"),
     ),
-    "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 8, (100, 101, 102, 103), 4),
+    "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 16, (100, 101, 102, 103), 4),
     "burgers": Setting("Burgers equation", _ADAM, 800, 8, (100, 101), 5),
     "avletters_talker": Setting(
         "AVLetters, by talker",

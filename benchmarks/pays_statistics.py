@@ -44,7 +44,8 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        if not self.p < 0.05:
+        """It takes both: a median's interval and the rank test need not agree."""
+        if not self.p < 0.05 or self.low <= 0 <= self.high:
             return OPEN
         return BETTER if self.difference > 0 else WORSE
 

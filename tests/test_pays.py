@@ -137,12 +137,14 @@ def test_holm_within_a_claim_and_signs() -> None:
     import pays_statistics
 
     def row(claim: str, p: float, difference: float = 1.0) -> pays_statistics.Row:
-        return pays_statistics.Row(claim, "utd_mhad", "other", difference, 0.5, 1.5, p)
+        ends = sorted((0.5 * difference, 1.5 * difference))
+        return pays_statistics.Row(claim, "utd_mhad", "other", difference, *ends, p)
 
     rows = [row("a", 0.01), row("a", 0.04), row("a", 0.03, -1.0), row("b", 0.04, -1.0)]
     found = pays_statistics.corrected(rows)
     assert [r.p for r in found] == pytest.approx([0.03, 0.06, 0.06, 0.04])
     assert [r.verdict for r in found] == ["better", "undecided", "undecided", "worse"]
+    assert replace(rows[0], low=-0.1).verdict == "undecided"  # the interval has a say too
 
 
 def test_a_factor_on_the_error_is_below_1_where_mmpareto_is_better() -> None:
