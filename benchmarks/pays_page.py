@@ -126,7 +126,8 @@ def write_runs(settings: Sequence[str], finished: Finished, path: Path) -> None:
             kept |= {"seed": job.seed, "validation": job.validate}
             kept |= {"scale": job.scale} if job.scale != 1 else {}
             kept |= {"batch": job.batch} if job.batch != BATCH else {}
-            for name in ("accuracy", "error", "conflict", "harmful", "mean_coefficients"):
+            told = ("accuracy", "error", "conflict", "harmful")
+            for name in (*told, "mean_coefficients") if job.method == MMPARETO else told:
                 if result.get(name):
                     kept[name] = _short(result[name])
             lines.append(json.dumps(kept))
