@@ -16,6 +16,7 @@ from pays_picture import plot
 from pays_settings import (
     ALONE,
     BATCH,
+    MMPARETO,
     SETTINGS,
     UNIFORM,
 )

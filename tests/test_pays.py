@@ -137,8 +137,8 @@ def test_holm_within_a_claim_and_signs() -> None:
     import pays_statistics
 
     def row(claim: str, p: float, difference: float = 1.0) -> pays_statistics.Row:
-        ends = sorted((0.5 * difference, 1.5 * difference))
-        return pays_statistics.Row(claim, "utd_mhad", "other", difference, *ends, p)
+        low, high = sorted((0.5 * difference, 1.5 * difference))
+        return pays_statistics.Row(claim, "utd_mhad", "other", difference, low, high, p)
 
     rows = [row("a", 0.01), row("a", 0.04), row("a", 0.03, -1.0), row("b", 0.04, -1.0)]
     found = pays_statistics.corrected(rows)
