@@ -95,7 +95,7 @@ SETTINGS = {
         ("inertial", "skeleton"),
     ),
     "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 16, (100, 101, 102, 103), 4),
-    "burgers": Setting("Burgers equation", _ADAM, 800, 12, (100, 101), 5),
+    "burgers": Setting("Burgers equation", _ADAM, 800, 16, (100, 101), 5),
     "avletters_talker": Setting(
         "AVLetters, by talker",
         (0.03, 0.1),
