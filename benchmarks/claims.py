@@ -1,4 +1,4 @@
-"""Reruns the evidence for each claim of the paper; writes docs/evidence.md and docs/evidence.json.
+"""Reruns the evidence for each claim of the paper; writes docs/evidence_paper.md, .json.
 
     python benchmarks/claims.py                  # scikit-learn's digits
     python benchmarks/claims.py --data-dir DIR   # and spoken with written digits (FSDD, MNIST)
@@ -326,7 +326,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of every training, to see it run")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--results", type=Path, default=Path("results/claims"))
-    parser.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "evidence.md")
+    parser.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "evidence_paper.md")
     parser.add_argument("--page", action="store_true", help="only write it, of what is finished")
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 2:

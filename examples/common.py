@@ -376,7 +376,7 @@ def plot_modalities(
         left.bar(places + 0.16 * (number - 2), means, 0.16, yerr=spreads, capsize=2, label=method)
     left.set_xticks(places, [title.replace(" ", "\n") for title in heads.values()])
     left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
-    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
+    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
     for axes, (block, part) in zip(others, blocks.items(), strict=True):
         plot_cosines(axes, comparison, block)

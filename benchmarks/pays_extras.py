@@ -1,0 +1,73 @@
+"""Beside the question whether it pays: one loss scaled, and batches of other sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from pays_finished import Finished, score
+from pays_settings import BATCH, MMPARETO, SETTINGS, UNIFORM, Job, Result, find
+
+SCALED = ("utd_mhad", "helmholtz")
+SCALES = tuple(10.0**k for k in range(-3, 4))
+METHODS = (UNIFORM, MMPARETO, "ConFIG", "UPGrad")
+SMALL_TO_LARGE = "utd_mhad"
+BATCHES = (8, 16, 32, 64, 128, 256)
+SEEDS = range(5)
+
+
+def scaled_jobs(setting: str, method: str, scale: float, finished: Finished) -> list[Job]:
+    """At the rate that validation chose for the losses as they are."""
+    jobs = [finished.report_job(setting, method, seed) for seed in SEEDS]
+    return [replace(job, scale=scale) for job in jobs]
+
+
+def batch_jobs(size: int, finished: Finished) -> list[Job]:
+    jobs = [finished.report_job(SMALL_TO_LARGE, UNIFORM, seed) for seed in SEEDS]
+    return [replace(job, batch=size) for job in jobs]
+
+
+def jobs_of(settings: Sequence[str], finished: Finished) -> Iterator[Job]:
+    for size in BATCHES if SMALL_TO_LARGE in settings else ():
+        yield from batch_jobs(size, finished)
+    for setting in (setting for setting in SCALED if setting in settings):
+        for scale in SCALES:
+            for method in METHODS:
+                yield from scaled_jobs(setting, method, scale, finished)
+
+
+def done(jobs: Sequence[Job], finished: Finished) -> list[Result]:
+    """The results; none while one is missing."""
+    found = [find(job, finished.folder) for job in jobs]
+    return [] if None in found else [result for result in found if result is not None]
+
+
+def scale_lines(setting: str, finished: Finished) -> Iterator[list[str]]:
+    """A line a method: the mean accuracy or the median error at each scale."""
+    for method in METHODS:
+        line = [method]
+        for scale in SCALES:
+            runs = done(scaled_jobs(setting, method, scale, finished), finished)
+            scores = [score(run) for run in runs]
+            if not scores:
+                line.append("")
+            elif SETTINGS[setting].physics:
+                line.append(f"{10 ** -np.median(scores):.2g}")
+            else:
+                line.append(f"{np.mean(scores):.1f}")
+        yield line
+
+
+def batch_lines(finished: Finished) -> Iterator[list[str]]:
+    """A line a size: conflicts and harmful steps by block, and the accuracy."""
+    for size in BATCHES:
+        runs = done(batch_jobs(size, finished), finished)
+        if runs:
+            shares = [
+                f"{np.mean([run[kind][block] for run in runs]):.1f} %"
+                for kind in ("conflict", "harmful")
+                for block in runs[0]["conflict"]
+            ]
+            name = f"{size}" + " (as above)" * (size == BATCH)
+            yield [name, *shares, f"{np.mean([score(run) for run in runs]):.1f}"]

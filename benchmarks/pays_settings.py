@@ -1,0 +1,168 @@
+"""What pays.py trains: the settings, the methods, and a job for each training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH = 64
+Result = dict[str, Any]
+
+UNIFORM, MMPARETO, JOINT, ALONE = "uniform", "MMPareto", "one joint loss", "alone"
+CONSTANT, SHUFFLED = "constant coefficients", "shuffled coefficients"
+REPLAYS = (CONSTANT, SHUFFLED)
+
+
+def unimodal_alone(gram: Tensor) -> Tensor:
+    """Encoders by their unimodal gradient alone; the joint loss comes first."""
+    return torch.tensor([0.0, 1.0]).to(gram)
+
+
+INTEGRATIONS: dict[str, dict[str, Any]] = {
+    JOINT: {"integration": "uniform"},
+    UNIFORM: {"integration": "uniform"},
+    "uniform x 1.5": {"integration": "uniform", "gamma": 1.5},
+    "uniform x 2": {"integration": "uniform", "gamma": 2.0},
+    "uniform x 3": {"integration": "uniform", "gamma": 3.0},
+    MMPARETO: {},
+    "MMPareto, gamma 1": {"gamma": 1.0},
+    "MMPareto, gamma 2": {"gamma": 2.0},
+    "MMPareto, gamma 3": {"gamma": 3.0},
+    "conventional Pareto": {"integration": "pareto"},
+    "dual projection": {"integration": "dualproj"},
+    "ConFIG": {"integration": "config"},
+    "UPGrad": {"integration": "upgrad"},
+    "unimodal gradients": {"integration": unimodal_alone},
+    ALONE: {"integration": "uniform"},
+}
+RULES = ("conventional Pareto", "dual projection", "ConFIG", "UPGrad")
+SCALINGS = (UNIFORM, "uniform x 1.5", "uniform x 2", "uniform x 3")
+GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2", "MMPareto, gamma 3")
+# Fixed weights of the boundary's and the initial conditions' losses beside the residual's.
+WEIGHTS = {f"weight {weight:g}": weight for weight in (1e-2, 1e-1, 1e1, 1e2, 1e3)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, how long and with which rates; ``seconds`` a run, roughly, on one core."""
+
+    title: str
+    rates: tuple[float, ...]
+    length: int  # epochs, or steps of a physics-informed network
+    seeds: int
+    tuning: tuple[int, ...]  # seeds of the validation
+    seconds: float
+    modalities: tuple[str, ...] = ()
+    split: str = ""
+
+    @property
+    def physics(self) -> bool:
+        return not self.modalities
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        if self.physics:
+            return (UNIFORM, MMPARETO, *RULES, *WEIGHTS, *REPLAYS)
+        return (*INTEGRATIONS, *REPLAYS)
+
+    @property
+    def scalarizations(self) -> tuple[str, ...]:
+        """Plain sums among which validation chooses the best."""
+        return (UNIFORM, *WEIGHTS) if self.physics else SCALINGS
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Of MMPareto: with Adam a factor changes nothing, so physics has one."""
+        return (MMPARETO,) if self.physics else GAMMAS
+
+
+_SGD = (0.01, 0.03, 0.1)
+_ADAM = (5e-3, 1e-2)
+SETTINGS = {
+    "utd_mhad": Setting(
+        "UTD-MHAD, inertial and skeleton",
+        _SGD,
+        20,
+        20,
+        (100, 101, 102, 103),
+        1.4,
+        ("inertial", "skeleton"),
+    ),
+    "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 16, (100, 101, 102, 103), 4),
+    "burgers": Setting("Burgers equation", _ADAM, 800, 16, (100, 101), 5),
+    "avletters_talker": Setting(
+        "AVLetters, by talker",
+        (0.03, 0.1),
+        20,
+        10,
+        (100, 101),
+        1.6,
+        ("audio", "lips"),
+        "talker",
+    ),
+    "avletters_repetition": Setting(
+        "AVLetters, by repetition",
+        (0.03, 0.1),
+        20,
+        10,
+        (100, 101),
+        1.6,
+        ("audio", "lips"),
+        "repetition",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training; ``validate`` scores it on held-out training data or seeds.
+
+    A replay takes the coefficients of MMPareto's run of the same seed at ``source_lr``. ``scale``
+    multiplies the second loss; ``batch`` is the size of the batches.
+    """
+
+    setting: str
+    method: str
+    lr: float
+    seed: int
+    validate: bool
+    source_lr: float | None = None
+    scale: float = 1.0
+    batch: int = BATCH
+
+    @property
+    def cost(self) -> float:
+        return SETTINGS[self.setting].seconds
+
+    @property
+    def source(self) -> Job:
+        """MMPareto's run whose coefficients a replay takes."""
+        assert self.source_lr is not None
+        return Job(self.setting, MMPARETO, self.source_lr, self.seed, self.validate)
+
+    def path(self, folder: Path) -> Path:
+        parts = [self.setting, self.method, f"{self.lr:g}", self.seed]
+        parts += ["validation"] * self.validate
+        parts += [f"from {self.source_lr:g}"] if self.source_lr is not None else []
+        parts += [f"scale {self.scale:g}"] if self.scale != 1 else []
+        parts += [f"batch {self.batch}"] if self.batch != BATCH else []
+        return folder / ("_".join(map(str, parts)).replace(" ", "-").replace(",", "") + ".json")
+
+
+def find(job: Job, folder: Path) -> Result | None:
+    """The result of a finished job, without its coefficients."""
+    path = job.path(folder)
+    return _read(path) if path.is_file() else None
+
+
+@cache
+def _read(path: Path) -> Result:
+    result: Result = json.loads(path.read_text())["result"]
+    result.pop("coefficients", None)
+    return result
