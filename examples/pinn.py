@@ -59,7 +59,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--problem", choices=PROBLEMS, default="helmholtz")
     parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help="default: all; sums for lbfgs"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help="default: all; sums for lbfgs",
     )
     parser.add_argument("--optimizer", choices=["adam", "lbfgs"], default="adam")
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
