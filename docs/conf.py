@@ -17,6 +17,7 @@ SHOWN = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/FEATURE_SPACE.md": "evidence_feature_space.md",
+    "benchmarks/MANY_LOSSES.md": "evidence_many_losses.md",
     "benchmarks/RESULTS.md": "evidence_step_time.md",
     "benchmarks/RULES.md": "evidence_rules.md",
 }
