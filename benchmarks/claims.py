@@ -14,9 +14,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
@@ -37,6 +35,7 @@ from claim_runs import (
 )
 from evidence import Row, compared, page, spread
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from workers import work_off
 
 import mmpareto_optim
 
@@ -121,21 +120,9 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Progress) -> None:
-    """Those that are not finished, in worker processes or, with one worker, in this one."""
+    """Those that are not finished."""
     left = [job for job in jobs if find(job, options.results) is None]
-    bar = progress.add_task(title, total=sum(job.cost for job in left))
-    if options.workers == 1:
-        for job in left:
-            perform(job, options.results, options.data_dir)
-            progress.advance(bar, job.cost)
-        return
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        running = {
-            pool.submit(perform, job, options.results, options.data_dir): job for job in left
-        }
-        for done in as_completed(running):
-            done.result()
-            progress.advance(bar, running[done].cost)
+    work_off(left, perform, title, options, progress)
 
 
 def results(options: argparse.Namespace, task: str, method: str, head: str = "") -> list[Result]:

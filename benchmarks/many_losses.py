@@ -31,7 +31,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from methods import Step
+from methods import Step, backward_floor
 from models import mlp
 from rich.progress import track
 from step_time import median_interval, resident_high_water
@@ -142,23 +142,7 @@ def plain(task: Task) -> Step:
 
 
 def floor(task: Task) -> Step:
-    optimizer = base_of(task.model)
-    params = list(task.model.parameters())
-
-    def step() -> None:
-        losses = task.losses_of(task.model)
-        optimizer.zero_grad()
-        for loss in losses:
-            last = loss is losses[-1]
-            found = torch.autograd.grad(loss, params, retain_graph=not last, allow_unused=True)
-            for param, gradient in zip(params, found, strict=True):
-                if gradient is not None and param.grad is None:
-                    param.grad = gradient
-                elif gradient is not None:
-                    param.grad.add_(gradient)
-        optimizer.step()
-
-    return step
+    return backward_floor(base_of(task.model), lambda: task.losses_of(task.model))
 
 
 def torchjd(task: Task, at_once: int | None) -> Step:

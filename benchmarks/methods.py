@@ -39,12 +39,17 @@ def uniform(model: LateFusion, inputs: Inputs) -> Step:
 
 
 def two_backward_floor(model: LateFusion, inputs: Inputs) -> Step:
+    return backward_floor(sgd(model), lambda: list(losses_of(model, inputs).values()))
+
+
+def backward_floor(
+    optimizer: torch.optim.Optimizer, losses_now: Callable[[], list[Tensor]]
+) -> Step:
     """The autograd calls that exact integration cannot avoid; gradients are merely added."""
-    optimizer = sgd(model)
-    params = list(model.parameters())
+    params = [param for group in optimizer.param_groups for param in group["params"]]
 
     def step() -> None:
-        losses = list(losses_of(model, inputs).values())
+        losses = losses_now()
         optimizer.zero_grad()
         for loss in losses:
             last = loss is losses[-1]

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 from pays_extras import jobs_of
@@ -23,6 +21,7 @@ from pays_finished import Finished
 from pays_runs import perform
 from pays_settings import ALONE, REPLAYS, SETTINGS, WEIGHTS, Job, find
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from workers import work_off
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -77,23 +76,11 @@ def run_all(options: argparse.Namespace) -> None:
 
 
 def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Progress) -> None:
-    """Those that are not finished, in worker processes or, with one worker, in this one."""
+    """Those that are not finished."""
     left = [job for job in jobs if find(job, options.results) is None]
     minutes = sum(job.cost for job in left) / options.workers / 60
     progress.console.print(f"{title}: {len(left)} runs to do, about {minutes:.0f} minutes")
-    bar = progress.add_task(title, total=sum(job.cost for job in left))
-    if options.workers == 1:
-        for job in left:
-            perform(job, options.results, options.data_dir)
-            progress.advance(bar, job.cost)
-        return
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        running = {
-            pool.submit(perform, job, options.results, options.data_dir): job for job in left
-        }
-        for done in as_completed(running):
-            done.result()
-            progress.advance(bar, running[done].cost)
+    work_off(left, perform, title, options, progress)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -87,7 +87,6 @@ class GradientIntegrator:
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
-        has_integrated: whether there has been a backward.
         most_losses: how many losses there have been at most in a backward.
         integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
@@ -136,7 +135,6 @@ class GradientIntegrator:
     def forget(self) -> None:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.stats = {}
-        self.has_integrated = False
         self.most_losses = 0
         self._warned = False
         self._reach = Reach()
@@ -290,7 +288,6 @@ class GradientIntegrator:
         self._done(losses)
 
     def _done(self, losses: Losses) -> None:
-        self.has_integrated = True
         self.most_losses = max(self.most_losses, len(losses))
         if not self._warned and not callable(self.integration):
             self._warned = warn_of_small_gradient(self.stats)
@@ -310,6 +307,11 @@ class GradientIntegrator:
         self._choice = Choice(None, state.pop("_average_gradients"))
         self.__dict__.update(state)
         self.forget()
+
+    @property
+    def has_integrated(self) -> bool:
+        """Whether there has been a backward."""
+        return self.most_losses > 0
 
     @property
     def blocks(self) -> Blocks:

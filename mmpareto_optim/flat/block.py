@@ -57,7 +57,7 @@ class FlatBlock:
             quick: False for rows that are a part of others, of which there is no telling.
         """
         if quick and may_be_quick(self._buckets, len(self._rows)):
-            found = quick_gram(partial(map, self._flatten, self._buckets))
+            found = quick_gram(partial(map, self._flatten, self._buckets), len(self._rows))
             if found is not None:
                 return found
         gram = gram_of(self._flatten(self._buckets[0]))

@@ -44,16 +44,14 @@ def may_be_quick(buckets: Sequence[Bucket], rows: int) -> bool:
     )
 
 
-def quick_gram(flats: Flats) -> Tensor | None:
+def quick_gram(flats: Flats, rows: int) -> Tensor | None:
     """The Gram matrix of two rows or more by float32 products; None if that leaves a doubt."""
-    first = next(iter(flats()))
-    return _of_two(flats()) if len(first) == 2 else _of_many(flats)
+    return _of_two(flats()) if rows == 2 else _of_many(flats, rows)
 
 
-def _of_many(flats: Flats) -> Tensor | None:
+def _of_many(flats: Flats, number: int) -> Tensor | None:
     """As :func:`quick_gram`; single pairs that leave a doubt are multiplied once more."""
-    rows = next(iter(flats()))
-    if not _multiplies_in_float32(len(rows)):
+    if not _multiplies_in_float32(number):
         return None
     gram = sum_of(products_by_strips(rows, torch.float32) for rows in flats())
     pairs = doubtful_pairs(gram)
