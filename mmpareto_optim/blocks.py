@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +42,25 @@ class Block:
         return len(self.objectives) > 1 and not self.left_out
 
 
+class _Settled(NamedTuple):
+    """What is found again and again once every gradient has moved.
+
+    Attributes:
+        given: for each loss, whether there is a gradient at each position.
+        keys: for each position what tells it from others.
+        reached: for each position the losses that reach it.
+    """
+
+    given: list[tuple[str, list[bool]]]
+    keys: Sequence[Hashable]
+    reached: Reached
+
+    def holds_for(self, given: list[tuple[str, list[bool]]], keys: Sequence[Hashable]) -> bool:
+        return (
+            given == self.given and len(keys) == len(self.keys) and all(map(is_, keys, self.keys))
+        )
+
+
 class Reach:
     """What each loss has moved: a loss reaches what it has given a gradient other than zero.
 
@@ -52,6 +73,7 @@ class Reach:
     def __init__(self) -> None:
         self._moved: dict[str, set[Hashable]] = {}
         self._times: dict[tuple[str, Hashable], int] = {}
+        self._settled: _Settled | None = None
 
     def of(
         self,
@@ -67,6 +89,9 @@ class Reach:
             keys: for each position what tells it from others: the parameter, say.
             largest: the largest absolute value of each of some tensors.
         """
+        given = [(name, [gradient is not None for gradient in row]) for name, row in rows.items()]
+        if self._settled is not None and self._settled.holds_for(given, keys):
+            return self._settled.reached
         for name in rows:
             self._moved.setdefault(name, set())
         waiting = [
@@ -86,6 +111,7 @@ class Reach:
                     if row[position] is not None and (key in known or (name, position) in now)
                 )
             )
+        self._settled = None if waiting else _Settled(given, keys, tuple(reached))
         return tuple(reached)
 
     def _looked_at(

@@ -13,7 +13,8 @@ from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.method import Method
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parts import Parts
-from mmpareto_optim.rules import Rule, applied_gamma, mmpareto_on_the_host, named_coefficients
+from mmpareto_optim.rules import Rule, applied_gamma, named_coefficients
+from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host
 from mmpareto_optim.stats import BlockStats
 
 
@@ -74,9 +75,12 @@ class Integrated:
         for index, (block, flat) in enumerate(zip(self._blocks, flats, strict=True)):
             found.update(zip(block.positions, self._combined(index, flat), strict=True))
         del flats
-        taken = {position: b.objectives for b in self._blocks for position in b.positions}
+        added = {}
+        for block in self._blocks:
+            added.update(dict.fromkeys(block.positions, self._rows_beside(block.objectives)))
+        everything = self._rows_beside(())
         for position, param in enumerate(self._params):
-            pieces = self._not_integrated(position, taken.get(position, ()))
+            pieces = self._pieces(position, added.get(position, everything))
             if pieces:
                 total = total_of(pieces, self._processes.own_part(param))
                 found[position] = found[position] + total if position in found else total
@@ -139,11 +143,13 @@ class Integrated:
                 row[position] = None
         return taken
 
-    def _not_integrated(self, position: int, objectives: Sequence[str]) -> list[Tensor]:
+    def _rows_beside(self, objectives: Sequence[str]) -> list[Gradient]:
         """What is added as it is: heads, and gradients that have been zero so far."""
+        return [*(row for name, row in self._rows.items() if name not in objectives), self._plain]
+
+    def _pieces(self, position: int, rows: Sequence[Gradient]) -> list[Tensor]:
         pieces = []
-        added = [row for name, row in self._rows.items() if name not in objectives]
-        for row in (*added, self._plain):
+        for row in rows:
             gradient = row[position]
             if gradient is not None:
                 pieces.append(gradient)
@@ -170,14 +176,14 @@ class Integrated:
         alike: dict[Any, list[int]] = {}
         for index, (gram, flat) in enumerate(zip(self._grams, flats, strict=True)):
             if self._is_for_the_host(gram):
-                found[index] = mmpareto_on_the_host(gram, self._method.factor, *flat.errors)
+                found[index] = self._on_the_host(gram, *flat.errors)
             else:
                 kind = (len(gram), gram.device, gram.dtype, flat.errors)
                 alike.setdefault(kind, []).append(index)
         for (*_, (eps, written)), members in alike.items():
             grams = torch.stack([self._grams[index] for index in members])
             solved = named_coefficients(
-                self._rule_for(grams),
+                str(self._method.integration),
                 grams,
                 self._method.factor,
                 eps=eps,
@@ -187,20 +193,15 @@ class Integrated:
             found.update(zip(members, solved.unbind(), strict=True))
         return [found[index] for index in range(len(flats))]
 
-    def _rule_for(self, grams: Tensor) -> str:
-        """The rule's name, or of one that does the same where nothing conflicts, in less time."""
-        rule = str(self._method.integration)
-        # Elsewhere than on the CPU to look would be to wait for the device.
-        seen = type(grams) is Tensor and grams.device.type == "cpu"
-        if rule == "mmpareto" and not self._method.by_tensor and seen and bool((grams >= 0).all()):
-            return "uniform"
-        return rule
+    def _on_the_host(self, gram: Tensor, eps: float, written: float) -> Tensor:
+        if self._method.integration == "uniform":
+            return uniform_on_the_host(gram, self._method.factor)
+        return mmpareto_on_the_host(gram, self._method.factor, eps, written)
 
     def _is_for_the_host(self, gram: Tensor) -> bool:
         return (
-            self._method.integration == "mmpareto"
+            self._method.integration in ("mmpareto", "uniform")
             and not self._method.by_tensor
-            and gram.shape[-1] == 2
             and type(gram) is Tensor
             and gram.device.type == "cpu"
         )

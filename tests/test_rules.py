@@ -14,7 +14,8 @@ from mmpareto_optim import (
     pareto_coefficients,
     uniform_coefficients,
 )
-from mmpareto_optim.rules import mmpareto_on_the_host
+from mmpareto_optim.rules import named_coefficients
+from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host
 
 GAMMA = 1.5
 
@@ -182,3 +183,43 @@ def test_on_the_host_as_anywhere(first: float, cross: float, second: float, coar
     found = mmpareto_on_the_host(gram, GAMMA, eps)
     expected = mmpareto_coefficients(gram, GAMMA, eps=eps)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def same_direction(found: Tensor, expected: Tensor, rows: Tensor) -> None:
+    """Weights of dependent gradients are not unique; what they combine to is."""
+    if (expected == 0).all():
+        assert (found == 0).all()
+        return
+    h, other = found @ rows, expected @ rows
+    scale = float(lengths(rows).max() * expected.abs().max())
+    torch.testing.assert_close(h, other, rtol=1e-6, atol=1e-13 * scale)
+
+
+@given(gradients(least=3), st.booleans(), st.lists(st.integers(0, 5), max_size=4))
+def test_many_on_the_host_as_anywhere(rows: Tensor, coarse: bool, absent: list[int]) -> None:
+    for index in absent:
+        rows[index % len(rows)] = 0
+    gram, eps = rows @ rows.T, 2**-23 if coarse else 2**-52
+    expected = mmpareto_coefficients(gram, GAMMA, eps=eps)
+    same_direction(mmpareto_on_the_host(gram, GAMMA, eps), expected, rows)
+
+
+@given(gradients(least=3))
+def test_on_the_host_a_common_descent_direction(rows: Tensor) -> None:
+    h = mmpareto_on_the_host(rows @ rows.T, GAMMA, 2**-52) @ rows
+    assert (rows @ h >= -1e-14 * lengths(rows) * lengths(h)).all()
+
+
+@given(st.lists(numbers, min_size=9, max_size=9))
+def test_any_numbers_on_the_host_as_anywhere(entries: list[float]) -> None:
+    gram = torch.tensor(entries, dtype=torch.float64).view(3, 3)
+    gram = gram.triu() + gram.triu(1).T
+    expected = named_coefficients("uniform", gram, GAMMA, eps=2**-52)
+    assert torch.equal(uniform_on_the_host(gram, GAMMA), expected)
+
+    finite = bool(gram.isfinite().all())
+    if finite and torch.linalg.eigvalsh(gram)[0] < 1e-9 * gram.abs().max():
+        return  # no Gram matrix: what is least is anywhere
+    expected = mmpareto_coefficients(gram, GAMMA)
+    found = mmpareto_on_the_host(gram, GAMMA, 2**-52)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)

@@ -87,7 +87,8 @@ def leaves_not_among(params: Sequence[Tensor], losses: Losses) -> list[Tensor]:
     stops = {edge_of(param) for param in params if not param.is_leaf}
     if stops:  # as a differentiable step leaves them
         return list(leaves_of(edges_behind(map(edge_of, losses.values()), stops)))
-    return list(leaves_behind(losses.values()).difference(params))
+    held = set(map(id, params))  # a tensor's own hash is a function in Python
+    return [leaf for leaf in leaves_behind(losses.values()) if id(leaf) not in held]
 
 
 def gradients_of(

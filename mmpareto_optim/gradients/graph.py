@@ -38,15 +38,15 @@ def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
     return {node.variable for node, _ in edges if type(node).__name__ == "AccumulateGrad"}
 
 
-def leaves_behind(losses: Iterable[Tensor]) -> set[Tensor]:
+def leaves_behind(losses: Iterable[Tensor]) -> list[Tensor]:
     """The leaf tensors behind some losses; node by node, which is faster than edge by edge."""
     waiting: list[Any] = [get_gradient_edge(loss).node for loss in losses]
-    seen, leaves = set(waiting), set()
+    seen, leaves = set(waiting), []
     while waiting:
         node = waiting.pop()
         behind = node.next_functions
         if not behind and type(node).__name__ == "AccumulateGrad":
-            leaves.add(node.variable)
+            leaves.append(node.variable)
         for other, _ in behind:
             if other is not None and other not in seen:
                 seen.add(other)

@@ -7,11 +7,7 @@ from torch import Tensor
 from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
 from mmpareto_optim.rules.config import config_coefficients
 from mmpareto_optim.rules.gram import applied_gamma, check_gamma, check_gram, solver_dtype
-from mmpareto_optim.rules.mmpareto import (
-    mmpareto_coefficients,
-    mmpareto_on_the_host,
-    unstretched_coefficients,
-)
+from mmpareto_optim.rules.mmpareto import mmpareto_coefficients, unstretched_coefficients
 from mmpareto_optim.rules.named import NAMES, default_gamma, named_coefficients
 from mmpareto_optim.rules.pareto import pareto_coefficients
 from mmpareto_optim.rules.solver import min_norm_weights
@@ -31,7 +27,6 @@ __all__ = [
     "dualproj_coefficients",
     "min_norm_weights",
     "mmpareto_coefficients",
-    "mmpareto_on_the_host",
     "named_coefficients",
     "pareto_coefficients",
     "solver_dtype",

@@ -1,7 +1,6 @@
 """MMPareto: the direction of the min-norm point, the length of the sum."""
 
 import math
-import sys
 from typing import Any
 
 import torch
@@ -77,26 +76,6 @@ def mmpareto_coefficients(
     return of_present(rule, gram, gamma)
 
 
-def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float, written: float = 0.0) -> Tensor:
-    """:func:`mmpareto_coefficients` of a float64 pair ``(2, 2)``, in Python's own numbers.
-
-    A rule is a score of operations on a few numbers, of which a small model's step would be a
-    good part: one of PyTorch's takes a microsecond or more to begin.
-    """
-    (first, upper), (lower, second) = gram.tolist()
-    cross = upper / 2 + lower / 2
-    one, other = gamma, gamma
-    if first <= 0 or second <= 0:
-        one, other = 1.0, 1.0
-    elif not math.isfinite(first) or not math.isfinite(second) or not math.isfinite(cross):
-        one, other = math.nan, math.nan
-    elif cross < 0:
-        error = 2 * eps + written
-        one, other = _of_two(first, cross, second, error, sys.float_info.min, _Floats)
-        one, other = gamma * one, gamma * other
-    return torch.tensor([one, other], dtype=gram.dtype, device=gram.device)
-
-
 def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
     """Coefficients before a stretch that is made tensor by tensor (``rescale="tensor"``).
 
@@ -120,24 +99,12 @@ def _common(products: Tensor, present: Tensor, error: Tensor, rounding: float) -
         return _common_of_many(products, present, error, rounding)
     first, cross, _, second = products.flatten(-2).unbind(-1)
     tiny = torch.finfo(products.dtype).tiny
-    return torch.stack(_of_two(first, cross, second, error.squeeze(-1), tiny, torch), dim=-1)
+    return torch.stack(
+        coefficients_of_two(first, cross, second, error.squeeze(-1), tiny, torch), dim=-1
+    )
 
 
-class _Floats:
-    """What :func:`_of_two` asks of a library, for single numbers. NaN stays NaN."""
-
-    sqrt = math.sqrt
-
-    @staticmethod
-    def clip(number: float, low: float, high: float) -> float:
-        return min(max(number, low), high)
-
-    @staticmethod
-    def where(condition: bool, one: float, other: float) -> float:
-        return one if condition else other
-
-
-def _of_two(
+def coefficients_of_two(
     first: Any, cross: Any, second: Any, error: Any, tiny: float, numbers: Any
 ) -> tuple[Any, Any]:
     """Coefficients for two gradients in conflict over gamma, in closed form.
@@ -148,7 +115,7 @@ def _of_two(
         second: squares of the other.
         error: by how much smaller than it is each cosine is taken.
         tiny: the smallest normal number of their type.
-        numbers: ``torch``, or :class:`_Floats` for single numbers.
+        numbers: ``torch``, or what has its functions for single numbers.
     """
     bound = numbers.sqrt(first) * numbers.sqrt(second)
     # The projection of the origin on the segment between the two, each cosine less the error.
