@@ -204,6 +204,17 @@ def test_many_on_the_host_as_anywhere(rows: Tensor, coarse: bool, absent: list[i
     same_direction(mmpareto_on_the_host(gram, GAMMA, eps), expected, rows)
 
 
+def test_dependent_to_the_last_bit_on_the_host() -> None:
+    """Whole numbers, of which some systems are singular in floating point too."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        rows = torch.randint(-2, 3, (7, 2), generator=generator).double()
+        rows *= 2.0 ** torch.randint(-2, 3, (7, 1), generator=generator)
+        gram = rows @ rows.T
+        expected = mmpareto_coefficients(gram, GAMMA, eps=2**-52)
+        same_direction(mmpareto_on_the_host(gram, GAMMA, 2**-52), expected, rows)
+
+
 @given(gradients(least=3))
 def test_on_the_host_a_common_descent_direction(rows: Tensor) -> None:
     h = mmpareto_on_the_host(rows @ rows.T, GAMMA, 2**-52) @ rows

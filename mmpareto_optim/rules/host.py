@@ -121,7 +121,7 @@ def _nonnegative_minimum(matrix: Array, target: Array, rounding: float) -> Array
     settled_on, alone = np.zeros(size, dtype=bool), False
     for _ in range(trips(size)):
         goal = np.zeros(size)
-        goal[free] = np.linalg.solve(regular[np.ix_(free, free)], target[free])
+        goal[free] = _solution(regular[np.ix_(free, free)], target[free])
         blocking = free & ~(goal > 0)
         if blocking.any():
             room = np.where(x[blocking] > 0, x[blocking] / (x[blocking] - goal[blocking]), 0)
@@ -139,3 +139,11 @@ def _nonnegative_minimum(matrix: Array, target: Array, rounding: float) -> Array
         settled_on, alone = free.copy(), in_vain
         free[np.where(gaining, gain, -np.inf).argmax() if in_vain else gaining] = True
     return x
+
+
+def _solution(matrix: Array, target: Array) -> Array:
+    try:
+        found = np.linalg.solve(matrix, target)
+    except np.linalg.LinAlgError:  # gradients that depend on each other to the last bit
+        found = np.linalg.lstsq(matrix, target)[0]
+    return found.astype(matrix.dtype, copy=False)
