@@ -1,7 +1,7 @@
 """Does it pay? MMPareto against well-tuned plain sums, on multimodal data and physics.
 
-    python benchmarks/pays.py --data-dir DIR            # utd_mhad.npz, avletters.npz: all settings
-    python benchmarks/pays.py --settings helmholtz      # needs no data
+    python benchmarks/pays.py --data-dir DIR    # utd_mhad.npz, avletters.npz, fsdd.npz, mnist/: all
+    python benchmarks/pays.py --settings helmholtz digits       # need no data
 
 Every method gets the learning rate that is best on validation data (held-out training subjects,
 talkers or repetitions; for physics other seeds), then the report's seeds. Finished runs are kept in
@@ -85,9 +85,9 @@ def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Prog
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="folder of utd_mhad.npz and avletters.npz")
+    parser.add_argument("--data-dir", type=Path, help="folder of utd_mhad.npz and so on")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
-    parser.add_argument("--seeds", type=int, help="of the report (default: 20; AVLetters 10)")
+    parser.add_argument("--seeds", type=int, help="of the report (default: 10 or 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: all cores)")
     parser.add_argument("--results", type=Path, default=Path("results/pays"))
     parser.add_argument("--output", type=Path, default=FOLDER.parent / "docs" / "evidence.md")
@@ -99,8 +99,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--seeds must be at least 3: an interval takes some")
     with_data = options.data_dir is not None or options.page
     if options.settings is None:
-        options.settings = [s for s in SETTINGS if with_data or SETTINGS[s].physics]
-    elif not with_data and not all(SETTINGS[s].physics for s in options.settings):
+        options.settings = [s for s in SETTINGS if with_data or not SETTINGS[s].file]
+    elif not with_data and any(SETTINGS[s].file for s in options.settings):
         parser.error("these settings need --data-dir")
     return options
 

@@ -1,13 +1,15 @@
-"""Beside the question whether it pays: one loss scaled, and batches of other sizes."""
+"""Beside the question whether it pays: one loss scaled, other batches, sweeps of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
+from statistics import mean
 
 import numpy as np
 from pays_finished import Finished, score
-from pays_settings import BATCH, MMPARETO, SETTINGS, UNIFORM, Job, Result, find
+from pays_settings import BATCH, MMPARETO, RULES, SETTINGS, UNIFORM, Job, Result, find
 
 SCALED = ("utd_mhad", "helmholtz")
 SCALES = tuple(10.0**k for k in range(-3, 4))
@@ -15,6 +17,7 @@ METHODS = (UNIFORM, MMPARETO, "ConFIG", "UPGrad")
 SMALL_TO_LARGE = "utd_mhad"
 BATCHES = (8, 16, 32, 64, 128, 256)
 SEEDS = range(5)
+SWEPT_AGAINST = (MMPARETO, *RULES)
 
 
 def scaled_jobs(setting: str, method: str, scale: float, finished: Finished) -> list[Job]:
@@ -71,3 +74,21 @@ def batch_lines(finished: Finished) -> Iterator[list[str]]:
             ]
             name = f"{size}" + " (as above)" * (size == BATCH)
             yield [name, *shares, f"{np.mean([score(run) for run in runs]):.1f}"]
+
+
+def sweep_lines(setting: str, finished: Finished) -> Iterator[list[str]]:
+    """The error on validation seeds of the best of k weights, over all choices of k; then of rules.
+
+    Each with its own rate; geometric means.
+    """
+    swept = [_validated(setting, method, finished) for method in SETTINGS[setting].scalarizations]
+    sizes = range(1, len(swept) + 1)
+    best = [mean(map(max, combinations(swept, size))) for size in sizes]
+    yield ["the plain sum, best of so many weights", *(f"{10**-score:.2g}" for score in best)]
+    for method in SWEPT_AGAINST:
+        cells = [f"{10 ** -_validated(setting, method, finished):.2g}", *[""] * (len(swept) - 1)]
+        yield [method, *cells]
+
+
+def _validated(setting: str, method: str, finished: Finished) -> float:
+    return finished.validated(setting, method, finished.lr(setting, method))

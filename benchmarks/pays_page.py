@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pays_extras import SCALED, SCALES, batch_lines, scale_lines
+from pays_extras import SCALED, SCALES, batch_lines, scale_lines, sweep_lines
 from pays_finished import Finished
 from pays_picture import plot
 from pays_settings import (
@@ -20,7 +20,16 @@ from pays_settings import (
     SETTINGS,
     UNIFORM,
 )
-from pays_statistics import SAME_LENGTH, Row, corrected, harmful, rows_of
+from pays_statistics import (
+    OVER_BEST,
+    OVER_PLAIN,
+    SAME_LENGTH,
+    Row,
+    corrected,
+    harmful,
+    rows_of,
+    rows_of_rules,
+)
 
 BATCH_HEADER = (
     "conflict: inertial",
@@ -103,6 +112,18 @@ def lengths_table(settings: Sequence[str], rows: Sequence[Row]) -> str:
     return table(lines, header, 0)
 
 
+def rules_table(settings: Sequence[str], finished: Finished) -> str:
+    """Each rule against both sums, a line a setting and rule."""
+    found = {}
+    for row in corrected([row for s in settings for row in rows_of_rules(s, finished)]):
+        found[row.setting, row.other, row.claim] = f"{row.measured}, {row.verdict}"
+    lines = [
+        (SETTINGS[s].title, rule, found[s, rule, OVER_PLAIN], found[s, rule, OVER_BEST])
+        for s, rule in dict.fromkeys((s, rule) for s, rule, _ in found)
+    ]
+    return table(lines, ("setting", "rule", "over the plain sum", "over the best sum"), 0)
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
@@ -160,6 +181,7 @@ def write_page(settings: Sequence[str], finished: Finished, path: Path) -> None:
     page = filled(path.read_text(), "verdicts", verdicts(settings, rows, finished))
     page = filled(page, "shares", shares_table(settings, finished))
     page = filled(page, "lengths", lengths_table(settings, rows))
+    page = filled(page, "rules", rules_table(settings, finished))
     for setting in settings:
         measured = any(row.setting == setting for row in rows)
         content = methods_table(setting, rows, finished) if measured else "Not run to the end."
@@ -168,6 +190,11 @@ def write_page(settings: Sequence[str], finished: Finished, path: Path) -> None:
             header = ("", *(f"{scale:g}" for scale in SCALES))
             lines = scale_lines(setting, finished)
             page = filled(page, f"scaled {setting}", table(lines, header, len(SCALES)))
+        if f"<!-- sweep {setting} -->" in page:
+            tries = len(SETTINGS[setting].scalarizations)
+            header = ("", *map(str, range(1, tries + 1)))
+            lines = sweep_lines(setting, finished)
+            page = filled(page, f"sweep {setting}", table(lines, header, tries))
     if "<!-- batches -->" in page:
         header = ("batch", *BATCH_HEADER)
         page = filled(page, "batches", table(batch_lines(finished), header, 5))

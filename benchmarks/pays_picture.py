@@ -16,7 +16,11 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
     """Gain of MMPareto over the two sums against the share of harmful steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, physics in zip(axes, (False, True), strict=True):
-        panel.set_xlim(0, 100 if physics else 1)
+        # Data sets lie between hundredths and tens of a per cent.
+        panel.set_xscale(
+            "linear" if physics else "symlog", **({} if physics else {"linthresh": 0.1})
+        )
+        panel.set_xlim(0 if physics else -0.02, 100)
         for setting in settings:
             if SETTINGS[setting].physics == physics:
                 share = max(harmful(finished.report(setting, UNIFORM)).values(), default=0.0)
@@ -37,10 +41,11 @@ def _points(panel: Axes, share: float, rows: Sequence[Row]) -> None:
         if row.claim not in ("plain sum", "best sum"):
             continue
         filled = row.claim == "best sum"
+        beside = share + 1.5 if panel.get_xscale() == "linear" else 1.15 * share
         label = SETTINGS[row.setting].title if filled else None
         errors = [[row.difference - row.low], [row.high - row.difference]]
         panel.errorbar(
-            share if filled else share + 0.01 * panel.get_xlim()[1],
+            share if filled else beside,
             row.difference,
             errors,
             fmt="o",

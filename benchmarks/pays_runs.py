@@ -20,7 +20,9 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import audio_visual_digits
 import avletters
+import colored_gray_digits
 import utd_mhad
 from common import LateFusion, Split, accuracy, batches, epochs
 from pays_settings import (
@@ -46,6 +48,10 @@ Coefficients = dict[str, list[list[float]]]  # by block, a row a step
 POINTS = 196  # of a residual, drawn anew in each step
 WORST_ERROR = 1e3  # what a diverged solution counts as
 DIGITS = 5  # significant ones that are kept of coefficients
+EXAMPLES = {
+    module.__name__: module
+    for module in (utd_mhad, avletters, colored_gray_digits, audio_visual_digits)
+}
 
 
 def coefficients_of(job: Job, folder: Path) -> Coefficients:
@@ -117,11 +123,11 @@ def _rounded(values: Tensor) -> Any:
 
 
 @lru_cache(maxsize=2)
-def splits(setting: str, validation_seed: int | None, data: Path) -> tuple[Split, Split]:
+def splits(setting: str, validation_seed: int | None, data: Path | None) -> tuple[Split, Split]:
     """Training and test data; without a validation seed they are the same for all seeds."""
     s = SETTINGS[setting]
     options = argparse.Namespace(
-        data=data,
+        data=data if s.file else "digits",
         split=s.split,
         modalities=s.modalities,
         validate=validation_seed is not None,
@@ -132,13 +138,12 @@ def splits(setting: str, validation_seed: int | None, data: Path) -> tuple[Split
 
 
 def module_of(setting: str) -> Any:
-    return utd_mhad if setting == "utd_mhad" else avletters
+    return EXAMPLES[SETTINGS[setting].example]
 
 
 def train_modalities(job: Job, replayed: dict[str, Tensor] | None, data: Path | None) -> Result:
     """Accuracy in % by head, and what the steps saw."""
     setting = SETTINGS[job.setting]
-    assert data is not None
     train, test = splits(job.setting, job.seed if job.validate else None, data)
     torch.manual_seed(job.seed)  # one start and one order of the batches for all methods
     model = module_of(job.setting).make_model(job.method == JOINT)

@@ -58,8 +58,10 @@ class Setting:
     seeds: int
     tuning: tuple[int, ...]  # seeds of the validation
     seconds: float
+    example: str = ""  # the file of examples/ that makes data and model
     modalities: tuple[str, ...] = ()
     split: str = ""
+    file: str = ""  # in the folder of the data; none for data that scikit-learn brings
 
     @property
     def physics(self) -> bool:
@@ -82,40 +84,56 @@ class Setting:
         return (MMPARETO,) if self.physics else GAMMAS
 
 
-_SGD = (0.01, 0.03, 0.1)
-_ADAM = (5e-3, 1e-2)
+_SGD = (0.01, 0.03, 0.1, 0.3)
+_ADAM = (3e-3, 1e-2, 3e-2)
+_LETTERS: dict[str, Any] = {
+    "rates": _SGD,
+    "length": 20,
+    "seeds": 10,
+    "tuning": tuple(range(100, 104)),
+    "seconds": 1.6,
+    "example": "avletters",
+    "modalities": ("audio", "lips"),
+    "file": "avletters.npz",
+}
 SETTINGS = {
     "utd_mhad": Setting(
         "UTD-MHAD, inertial and skeleton",
         _SGD,
-        20,
-        20,
-        (100, 101, 102, 103),
-        1.4,
-        ("inertial", "skeleton"),
+        length=20,
+        seeds=20,
+        tuning=tuple(range(100, 108)),  # each of four subjects twice
+        seconds=1.4,
+        example="utd_mhad",
+        modalities=("inertial", "skeleton"),
+        file="utd_mhad.npz",
     ),
-    "helmholtz": Setting("Helmholtz equation", _ADAM, 800, 16, (100, 101, 102, 103), 4),
-    "burgers": Setting("Burgers equation", _ADAM, 800, 16, (100, 101), 5),
-    "avletters_talker": Setting(
-        "AVLetters, by talker",
-        (0.03, 0.1),
-        20,
-        10,
-        (100, 101),
-        1.6,
-        ("audio", "lips"),
-        "talker",
+    "avletters_talker": Setting("AVLetters, by talker", split="talker", **_LETTERS),
+    "avletters_repetition": Setting("AVLetters, by repetition", split="repetition", **_LETTERS),
+    "digits": Setting(
+        "Digits, gray and coloured",
+        _SGD,
+        length=20,
+        seeds=10,
+        tuning=tuple(range(100, 104)),
+        seconds=3,
+        example="colored_gray_digits",
+        modalities=("gray", "colour"),
     ),
-    "avletters_repetition": Setting(
-        "AVLetters, by repetition",
-        (0.03, 0.1),
-        20,
-        10,
-        (100, 101),
-        1.6,
-        ("audio", "lips"),
-        "repetition",
+    "spoken_digits": Setting(
+        "Digits, spoken and written",
+        _SGD,
+        length=4,
+        seeds=10,
+        tuning=(100, 101),
+        seconds=9,
+        example="audio_visual_digits",
+        modalities=("audio", "visual"),
+        split="recording",
+        file="fsdd.npz",
     ),
+    "helmholtz": Setting("Helmholtz equation", _ADAM, 2000, 20, (100, 101, 102, 103), 8),
+    "burgers": Setting("Burgers equation", _ADAM, 4000, 20, (100, 101), 16),
 }
 
 

@@ -22,6 +22,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 SAME_LENGTH = tuple(zip(GAMMAS, SCALINGS, strict=True))
+OVER_PLAIN, OVER_BEST = "rules over the plain sum", "rules over the best sum"
 BETTER, WORSE, OPEN = "better", "worse", "undecided"
 
 
@@ -109,6 +110,19 @@ def rows_of(setting: str, finished: Finished) -> Iterator[Row]:
         theirs = finished.alone(setting, head)
         if ours and theirs:
             yield compared("alone", setting, f"{head} alone", ours, theirs)
+
+
+def rows_of_rules(setting: str, finished: Finished) -> Iterator[Row]:
+    """Each rule, MMPareto by default among them, less the plain and the best sum.
+
+    Two claims of their own; ``other`` is the rule.
+    """
+    best = finished.best(setting, SETTINGS[setting].scalarizations)
+    for claim, sum_of in ((OVER_PLAIN, UNIFORM), (OVER_BEST, best)):
+        for rule in (MMPARETO, *RULES):
+            ours, theirs = (finished.scores(setting, name) for name in (rule, sum_of))
+            if ours and theirs:
+                yield compared(claim, setting, rule, ours, theirs)
 
 
 def harmful(runs: Sequence[Result], kind: str = "harmful") -> dict[str, float]:

@@ -6,7 +6,7 @@ Wang, Teng & Perdikaris (2021, arXiv 2001.04536), Burgers as in Raissi et al. (2
 share one network, so it is named as one block. Prints the relative L2 error on a grid, the steps
 in conflict and those in which the plain sum harms a loss; needs no data.
 
-    python pinn.py                      # Helmholtz, 3 seeds of 2000 steps: about 5 minutes
+    python pinn.py                      # Helmholtz, 3 seeds of 2000 steps: about 6 minutes
     python pinn.py --problem burgers --steps 10000
     python pinn.py --optimizer lbfgs --steps 200
 """
@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sum, conditions x 100": {"integration": "uniform"},
     "conventional Pareto": {"integration": "pareto"},
     "ConFIG": {"integration": "config"},
+    "UPGrad": {"integration": "upgrad"},
     "MMPareto": {"integration": "mmpareto"},
 }
 WEIGHTED = "sum, conditions x 100"

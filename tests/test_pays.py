@@ -92,7 +92,7 @@ def short(setting: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> N
 
 def page_for(settings: list[str], folder: Path) -> Path:
     path = folder / "evidence.md"
-    names = ["verdicts", "shares", "lengths", *settings]
+    names = ["verdicts", "shares", "lengths", "rules", "sweep burgers", *settings]
     path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
     return path
 
@@ -122,6 +122,8 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "| UTD-MHAD, inertial and skeleton |" in text
     assert "| Burgers equation |" in text
     assert all(f"| {method} |" in text for method in (UNIFORM, MMPARETO, CONSTANT, SHUFFLED))
+    assert all(f"| Burgers equation | {rule} |" in text for rule in (MMPARETO, "ConFIG", "UPGrad"))
+    assert "| the plain sum, best of so many weights |" in text
     assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
     head, *runs = map(json.loads, (tmp_path / "evidence_runs.jsonl").read_text().splitlines())
     assert head["runs"] == len(runs)
@@ -171,4 +173,4 @@ def test_a_page_without_its_marks_is_refused() -> None:
 def test_settings_with_data_need_its_folder() -> None:
     with pytest.raises(SystemExit):
         pays.parse(["--settings", "utd_mhad"])
-    assert pays.parse([]).settings == ["helmholtz", "burgers"]
+    assert pays.parse([]).settings == ["digits", "helmholtz", "burgers"]

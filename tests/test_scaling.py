@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmpareto_optim import GradientIntegrator
-from tests.processes import Processes
+from tests.processes import Processes, started
 
 Losses = dict[str, Tensor]
 WIDTH = 6
@@ -90,6 +91,13 @@ def check_bytes(losses: int, way: str) -> None:
 @pytest.mark.parametrize("way", ["exact", "features"])
 def test_bytes_that_are_averaged(two: Processes, losses: int, way: str) -> None:
     two(check_bytes, losses, way)
+
+
+@pytest.mark.slow
+def test_bytes_that_four_ranks_average(tmp_path: Path) -> None:
+    with started(4, tmp_path) as four:
+        for way in ("exact", "features"):
+            four(check_bytes, 5, way)
 
 
 def check_shards(losses: int) -> None:

@@ -137,7 +137,7 @@ class BlockSummary:
         if lopsided:
             return (
                 f"{opposes}, and the {longest}: weight the losses first, {WEIGHABLE}; a sweep of "
-                "the weights is what integration has to beat."
+                'the weights is what integration has to beat. Without a sweep, compare "upgrad".'
             )
         if whole.harmful < FREQUENT:
             return (
@@ -145,8 +145,8 @@ class BlockSummary:
                 "learning rate before you do with integration."
             )
         return (
-            f"{opposes}: integration may pay, and so may weights for the losses; compare it with "
-            'a sweep of them under "uniform".'
+            f"{opposes}: integration may pay, and so may weights for the losses; compare "
+            '"upgrad" with a sweep of them under "uniform".'
         )
 
     @property

@@ -146,4 +146,4 @@ def _solution(matrix: Array, target: Array) -> Array:
         found = np.linalg.solve(matrix, target)
     except np.linalg.LinAlgError:  # gradients that depend on each other to the last bit
         found = np.linalg.lstsq(matrix, target)[0]
-    return found.astype(matrix.dtype, copy=False)
+    return np.where(np.isfinite(found), found, 0).astype(matrix.dtype, copy=False)
