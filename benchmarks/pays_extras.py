@@ -26,14 +26,16 @@ def scaled_jobs(setting: str, method: str, scale: float, finished: Finished) -> 
     return [replace(job, scale=scale) for job in jobs]
 
 
-def batch_jobs(size: int, finished: Finished) -> list[Job]:
-    jobs = [finished.report_job(SMALL_TO_LARGE, UNIFORM, seed) for seed in SEEDS]
-    return [replace(job, batch=size) for job in jobs]
+def batch_jobs(method: str, size: int, finished: Finished, parts: int = 1) -> list[Job]:
+    jobs = [finished.report_job(SMALL_TO_LARGE, method, seed) for seed in SEEDS]
+    return [replace(job, batch=size, parts=parts) for job in jobs]
 
 
 def jobs_of(settings: Sequence[str], finished: Finished) -> Iterator[Job]:
     for size in BATCHES if SMALL_TO_LARGE in settings else ():
-        yield from batch_jobs(size, finished)
+        for method in (UNIFORM, MMPARETO):
+            yield from batch_jobs(method, size, finished)
+        yield from batch_jobs(UNIFORM, size, finished, parts=2)
     for setting in (setting for setting in SCALED if setting in settings):
         for scale in SCALES:
             for method in METHODS:
@@ -63,17 +65,35 @@ def scale_lines(setting: str, finished: Finished) -> Iterator[list[str]]:
 
 
 def batch_lines(finished: Finished) -> Iterator[list[str]]:
-    """A line a size: conflicts and harmful steps by block, and the accuracy."""
+    """A line a size: conflicts and harmful steps by block, the accuracy, MMPareto's gain."""
+    from pays_statistics import compared  # statsmodels takes seconds to import
+
     for size in BATCHES:
-        runs = done(batch_jobs(size, finished), finished)
+        plain, other = (done(batch_jobs(m, size, finished), finished) for m in (UNIFORM, MMPARETO))
+        if plain and other:
+            shares = [f"{value:.1f} %" for value in by_block(plain, ("conflict", "harmful"))]
+            scores = [[score(run) for run in runs] for runs in (other, plain)]
+            gain = compared("batches", SMALL_TO_LARGE, MMPARETO, *scores).measured
+            yield [_named(size), *shares, f"{np.mean(scores[1]):.1f}", gain]
+
+
+def noise_lines(finished: Finished) -> Iterator[list[str]]:
+    """A line a size: cosines by block, and those of different halves of the batches."""
+    for size in BATCHES:
+        runs = done(batch_jobs(UNIFORM, size, finished, parts=2), finished)
         if runs:
-            shares = [
-                f"{np.mean([run[kind][block] for run in runs]):.1f} %"
-                for kind in ("conflict", "harmful")
-                for block in runs[0]["conflict"]
-            ]
-            name = f"{size}" + " (as above)" * (size == BATCH)
-            yield [name, *shares, f"{np.mean([score(run) for run in runs]):.1f}"]
+            yield [_named(size), *(f"{x:.2f}" for x in by_block(runs, ("cosine", "cosine_across")))]
+
+
+def by_block(runs: Sequence[Result], kinds: Sequence[str]) -> Iterator[float]:
+    """Means over the runs, by block for one kind after the other."""
+    for kind in kinds:
+        for block in runs[0][kind]:
+            yield float(np.mean([run[kind][block] for run in runs]))
+
+
+def _named(size: int) -> str:
+    return f"{size}" + " (as above)" * (size == BATCH)
 
 
 def sweep_lines(setting: str, finished: Finished) -> Iterator[list[str]]:

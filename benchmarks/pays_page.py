@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pays_extras import SCALED, SCALES, batch_lines, scale_lines, sweep_lines
+from pays_extras import (
+    SCALED,
+    SCALES,
+    batch_lines,
+    noise_lines,
+    scale_lines,
+    sweep_lines,
+)
 from pays_finished import Finished
 from pays_picture import plot
 from pays_settings import (
@@ -37,6 +44,13 @@ BATCH_HEADER = (
     "harmful: inertial",
     "harmful: skeleton",
     "accuracy",
+    "MMPareto less it, 95 %",
+)
+NOISE_HEADER = (
+    "cosine: inertial",
+    "cosine: skeleton",
+    "across halves: inertial",
+    "across halves: skeleton",
 )
 
 
@@ -148,7 +162,8 @@ def write_runs(settings: Sequence[str], finished: Finished, path: Path) -> None:
             kept |= {"seed": job.seed, "validation": job.validate}
             kept |= {"scale": job.scale} if job.scale != 1 else {}
             kept |= {"batch": job.batch} if job.batch != BATCH else {}
-            told = ("accuracy", "error", "conflict", "harmful")
+            kept |= {"parts": job.parts} if job.parts != 1 else {}
+            told = ("accuracy", "error", "conflict", "harmful", "cosine", "cosine_across")
             for name in (*told, "mean_coefficients") if job.method == MMPARETO else told:
                 if result.get(name):
                     kept[name] = _short(result[name])
@@ -197,7 +212,9 @@ def write_page(settings: Sequence[str], finished: Finished, path: Path) -> None:
             page = filled(page, f"sweep {setting}", table(lines, header, tries))
     if "<!-- batches -->" in page:
         header = ("batch", *BATCH_HEADER)
-        page = filled(page, "batches", table(batch_lines(finished), header, 5))
+        page = filled(page, "batches", table(batch_lines(finished), header, 6))
+        header = ("batch", *NOISE_HEADER)
+        page = filled(page, "noise", table(noise_lines(finished), header, 4))
     path.write_text(page)
     plot(settings, rows, finished, path.with_name("evidence.png"))
     write_runs(settings, finished, path.with_name("evidence_runs.jsonl"))

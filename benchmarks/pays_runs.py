@@ -41,7 +41,7 @@ from pinn import take_step
 from pinn_problems import PROBLEMS, Network, relative_error
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import ConflictRecorder, MMParetoOptimizer
 
 Coefficients = dict[str, list[list[float]]]  # by block, a row a step
 
@@ -148,22 +148,38 @@ def train_modalities(job: Job, replayed: dict[str, Tensor] | None, data: Path | 
     torch.manual_seed(job.seed)  # one start and one order of the batches for all methods
     model = module_of(job.setting).make_model(job.method == JOINT)
     sgd = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=0.9)
-    optimizer = MMParetoOptimizer(sgd, **INTEGRATIONS.get(job.method, {}))
-    watch = Watch()
+    settings = INTEGRATIONS.get(job.method, {})
+    optimizer = MMParetoOptimizer(sgd, measure_noise=job.parts > 1, **settings)
+    watch, recorder = Watch(), ConflictRecorder()
     steps = iter(range(10**9))
 
     def take(batch: Split) -> None:
         coefficients = None if replayed is None else at_step(replayed, next(steps))
-        losses = modal_losses(model, batch, job, coefficients)
         optimizer.zero_grad()
-        optimizer.step(losses=losses)
+        for part in torch.arange(len(batch)).chunk(job.parts):
+            losses = modal_losses(model, batch[part], job, coefficients)
+            share = len(part) / len(batch)
+            optimizer.backward({head: share * loss for head, loss in losses.items()})
+        optimizer.step()
         watch.look(optimizer)
+        if job.parts > 1:
+            recorder.record(optimizer)
 
     options = argparse.Namespace(lr=job.lr, epochs=setting.length)
     for _ in epochs(model, optimizer, train, options, take, job.batch):
         pass
     scored = accuracy(model, batches(test, torch.arange(len(test)), 1000))
-    return {"accuracy": scored, **watch.result(keep=job.method == MMPARETO)}
+    across = across_parts(recorder) if job.parts > 1 else {}
+    return {"accuracy": scored, **watch.result(keep=job.method == MMPARETO), **across}
+
+
+def across_parts(recorder: ConflictRecorder) -> Result:
+    """By block the median cosine, and the cosine of the mean products of different parts."""
+    blocks = recorder.summary().blocks
+    return {
+        "cosine": {block.block: block.whole.cosine for block in blocks},
+        "cosine_across": {block.block: block.whole.cosine_across for block in blocks},
+    }
 
 
 def at_step(replayed: dict[str, Tensor], step: int) -> dict[str, Tensor]:

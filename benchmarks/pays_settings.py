@@ -142,7 +142,8 @@ class Job:
     """One training; ``validate`` scores it on held-out training data or seeds.
 
     A replay takes the coefficients of MMPareto's run of the same seed at ``source_lr``. ``scale``
-    multiplies the second loss; ``batch`` is the size of the batches.
+    multiplies the second loss; ``batch`` is the size of the batches. With ``parts`` of more than 1,
+    each batch is differentiated in as many, to tell conflicts from noise.
     """
 
     setting: str
@@ -153,6 +154,7 @@ class Job:
     source_lr: float | None = None
     scale: float = 1.0
     batch: int = BATCH
+    parts: int = 1
 
     @property
     def cost(self) -> float:
@@ -170,6 +172,7 @@ class Job:
         parts += [f"from {self.source_lr:g}"] if self.source_lr is not None else []
         parts += [f"scale {self.scale:g}"] if self.scale != 1 else []
         parts += [f"batch {self.batch}"] if self.batch != BATCH else []
+        parts += [f"parts {self.parts}"] if self.parts != 1 else []
         return folder / ("_".join(map(str, parts)).replace(" ", "-").replace(",", "") + ".json")
 
 

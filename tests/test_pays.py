@@ -1,6 +1,7 @@
 """The question whether it pays: statistics, replayed coefficients, a small report."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("sklearn", reason="the benchmarks extra is not installed")
 pytest.importorskip("matplotlib", reason="the benchmarks extra is not installed")
 
 import pays
+import pays_extras
 import pays_runs
 import pays_settings
 from common import LateFusion, Split
@@ -92,7 +94,8 @@ def short(setting: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> N
 
 def page_for(settings: list[str], folder: Path) -> Path:
     path = folder / "evidence.md"
-    names = ["verdicts", "shares", "lengths", "rules", "sweep burgers", *settings]
+    names = ["verdicts", "shares", "lengths", "rules", "sweep burgers", "batches", "noise"]
+    names += settings
     path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
     return path
 
@@ -113,9 +116,19 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for setting in ("utd_mhad", "burgers"):
         short(setting, monkeypatch)
     monkeypatch.setattr(pays_runs, "POINTS", 16)
+    for name, fewer in (("BATCHES", (32,)), ("SCALED", ()), ("SEEDS", range(3))):
+        monkeypatch.setattr(pays_extras, name, fewer)
     page = page_for(["utd_mhad", "burgers"], tmp_path)
     arguments = ["--settings", "utd_mhad", "burgers", "--data-dir", str(tmp_path), "--seeds", "3"]
-    arguments += ["--workers", "1", "--results", str(tmp_path / "runs"), "--output", str(page)]
+    arguments += [
+        "--extras",
+        "--workers",
+        "1",
+        "--results",
+        str(tmp_path / "runs"),
+        "--output",
+        str(page),
+    ]
     pays.main(arguments)
     torch.set_num_threads(threads)
     text = page.read_text()
@@ -124,6 +137,8 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(f"| {method} |" in text for method in (UNIFORM, MMPARETO, CONSTANT, SHUFFLED))
     assert all(f"| Burgers equation | {rule} |" in text for rule in (MMPARETO, "ConFIG", "UPGrad"))
     assert "| the plain sum, best of so many weights |" in text
+    assert re.search(r"\| 32 \|( \d+\.\d % \|){4} \d+\.\d \| [+-]", text)
+    assert re.search(r"\| 32 \|( -?(\d\.\d\d|nan) \|){4}", text)
     assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
     head, *runs = map(json.loads, (tmp_path / "evidence_runs.jsonl").read_text().splitlines())
     assert head["runs"] == len(runs)
