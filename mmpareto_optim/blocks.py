@@ -52,7 +52,7 @@ class _Settled(NamedTuple):
     """
 
     given: list[tuple[str, list[bool]]]
-    keys: Sequence[Hashable]
+    keys: tuple[Hashable, ...]
     reached: Reached
 
     def holds_for(self, given: list[tuple[str, list[bool]]], keys: Sequence[Hashable]) -> bool:
@@ -111,7 +111,7 @@ class Reach:
                     if row[position] is not None and (key in known or (name, position) in now)
                 )
             )
-        self._settled = None if waiting else _Settled(given, keys, tuple(reached))
+        self._settled = None if waiting else _Settled(given, tuple(keys), tuple(reached))
         return tuple(reached)
 
     def _looked_at(

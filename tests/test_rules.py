@@ -215,6 +215,22 @@ def test_dependent_to_the_last_bit_on_the_host() -> None:
         same_direction(mmpareto_on_the_host(gram, GAMMA, 2**-52), expected, rows)
 
 
+@pytest.mark.parametrize("line", [[0, 3, 0, -2, 0], [0, 2, -1, 0, 2, 0, 0]])
+def test_opposite_gradients_beside_absent_ones_give_zero(line: list[int]) -> None:
+    """In one dimension, what is opposed has no common direction, however many rows are zero."""
+    rows = torch.tensor(line, dtype=torch.float64).unsqueeze(1)
+    gram = rows @ rows.T
+    for found in (mmpareto_coefficients(gram), mmpareto_on_the_host(gram, GAMMA, 2**-52)):
+        assert (found == 0).all()
+
+
+def test_on_the_host_whatever_the_default_device() -> None:
+    gram = torch.eye(3, dtype=torch.float64)
+    with torch.device("meta"):
+        assert uniform_on_the_host(gram, GAMMA).device == gram.device
+        assert mmpareto_on_the_host(gram, GAMMA, 2**-52).device == gram.device
+
+
 @given(gradients(least=3))
 def test_on_the_host_a_common_descent_direction(rows: Tensor) -> None:
     h = mmpareto_on_the_host(rows @ rows.T, GAMMA, 2**-52) @ rows
@@ -222,7 +238,7 @@ def test_on_the_host_a_common_descent_direction(rows: Tensor) -> None:
 
 
 @given(st.lists(numbers, min_size=9, max_size=9))
-def test_any_numbers_on_the_host_as_anywhere(entries: list[float]) -> None:
+def test_any_lineon_the_host_as_anywhere(entries: list[float]) -> None:
     gram = torch.tensor(entries, dtype=torch.float64).view(3, 3)
     gram = gram.triu() + gram.triu(1).T
     expected = named_coefficients("uniform", gram, GAMMA, eps=2**-52)

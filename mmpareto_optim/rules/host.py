@@ -35,7 +35,7 @@ def mmpareto_on_the_host(gram: Tensor, gamma: float, eps: float, written: float 
 def uniform_on_the_host(gram: Tensor, gamma: float) -> Tensor:
     """``gamma`` times :func:`uniform_coefficients` of one matrix: 1 where a gradient is alone."""
     present = sum(not square <= 0 for square in gram.diagonal().tolist())
-    return torch.full(gram.shape[:1], gamma if present > 1 else 1.0, dtype=gram.dtype)
+    return torch.full_like(gram[0], gamma if present > 1 else 1.0)
 
 
 def _of_two(products: list[list[float]], gamma: float, error: float) -> tuple[float, float]:
@@ -97,8 +97,10 @@ def _common_of_many(products: Array, error: float) -> Array:
         return np.zeros(size)
     length = size * math.sqrt(max(float(alpha @ products @ alpha), 0.0))
     sum_length = math.sqrt(max(float(products.sum()), 0.0))
-    stretch = min(max(sum_length / length, 1.0), LONGEST_STRETCH) if length else 1.0
-    return size * stretch * alpha
+    stretch = sum_length / length if length else 1.0
+    if math.isnan(stretch):  # of products whose sum overflows
+        stretch = 1.0
+    return size * min(max(stretch, 1.0), LONGEST_STRETCH) * alpha
 
 
 def _min_norm_weights(products: Array, rounding: float) -> Array:
@@ -145,5 +147,5 @@ def _solution(matrix: Array, target: Array) -> Array:
     try:
         found = np.linalg.solve(matrix, target)
     except np.linalg.LinAlgError:  # gradients that depend on each other to the last bit
-        found = np.linalg.lstsq(matrix, target)[0]
+        found = np.linalg.lstsq(matrix, target, rcond=None)[0]
     return np.where(np.isfinite(found), found, 0).astype(matrix.dtype, copy=False)

@@ -146,10 +146,10 @@ def _common_of_many(products: Tensor, present: Tensor, error: Tensor, rounding: 
     alpha = weights_of_present(pessimistic - room * bound, present, rounding)
     # Sums of numbers far larger than they are, where lengths differ much: rounded themselves.
     tolerance = torch.finfo(products.dtype).eps * lengths * (alpha * lengths).sum(-1, keepdim=True)
-    against = (pessimistic @ alpha.unsqueeze(-1)).squeeze(-1) < -lengths.shape[-1] / 2 * tolerance
+    scale = present.sum(-1, keepdim=True)
+    against = (pessimistic @ alpha.unsqueeze(-1)).squeeze(-1) < -scale / 2 * tolerance
     lost = against.any(-1, keepdim=True)
 
-    scale = present.sum(-1, keepdim=True)
     square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
     length = scale * square.clamp(min=0).sqrt()
     sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
