@@ -93,7 +93,7 @@ def by_block(runs: Sequence[Result], kinds: Sequence[str]) -> Iterator[float]:
 
 
 def _named(size: int) -> str:
-    return f"{size}" + " (as above)" * (size == BATCH)
+    return f"{size}" + " (tuned)" * (size == BATCH)
 
 
 def sweep_lines(setting: str, finished: Finished) -> Iterator[list[str]]:
