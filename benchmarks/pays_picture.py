@@ -27,7 +27,7 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
                 _points(panel, share, [row for row in rows if row.setting == setting])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xlabel("harmful steps under the plain sum (%), greatest block")
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", loc="lower left")
     axes[0].set(title="Multimodal", ylabel="gain of MMPareto (points of accuracy)")
     axes[1].set(title="Physics", ylabel="gain of MMPareto (decades of error)")
     figure.savefig(path, dpi=110)
