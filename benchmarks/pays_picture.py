@@ -14,7 +14,7 @@ from pays_statistics import Row, harmful
 
 def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path: Path) -> None:
     """Gain of MMPareto over the two sums against the share of harmful steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for panel, physics in zip(axes, (False, True), strict=True):
         # Data sets lie between hundredths and tens of a per cent.
         panel.set_xscale(
@@ -27,7 +27,7 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
                 _points(panel, share, [row for row in rows if row.setting == setting])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xlabel("harmful steps under the plain sum (%), greatest block")
-        panel.legend(fontsize="small", loc="lower left")
+        panel.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0].set(title="Multimodal", ylabel="gain of MMPareto (points of accuracy)")
     axes[1].set(title="Physics", ylabel="gain of MMPareto (decades of error)")
     figure.savefig(path, dpi=110)
