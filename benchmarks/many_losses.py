@@ -34,7 +34,7 @@ import torch
 from methods import Step, backward_floor
 from models import mlp
 from rich.progress import track
-from step_time import median_interval, resident_high_water
+from step_time import line_of, median_interval, resident_high_water
 from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer
@@ -240,14 +240,10 @@ def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -
     rivals = [seconds[name] for name in RIVALS if name in seconds]
     fastest = min(rivals, key=np.median) if rivals else None
     for method, times in seconds.items():
-        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
         x_floor = np.divide(times, seconds[FLOOR])
         x_rival = f"{np.median(np.divide(times, fastest)):.2f}" if fastest else ""
-        megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
-        lines.append(
-            f"| {method} | {middle:.2f} | {low:.2f} to {high:.2f} | {np.median(x_floor):.3f} "
-            f"| {median_interval(x_floor)} | {x_rival} | {megabytes} |"
-        )
+        over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
+        lines.append(line_of(method, times, peaks, *over_floor, x_rival))
     return "\n".join(lines) + "\n"
 
 

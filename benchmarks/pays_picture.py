@@ -16,10 +16,8 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
     """Gain of MMPareto over the two sums against the share of harmful steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
     for panel, physics in zip(axes, (False, True), strict=True):
-        # Data sets lie between hundredths and tens of a per cent.
-        panel.set_xscale(
-            "linear" if physics else "symlog", **({} if physics else {"linthresh": 0.1})
-        )
+        if not physics:  # from hundredths to tens of a per cent
+            panel.set_xscale("symlog", linthresh=0.1)
         panel.set_xlim(0 if physics else -0.02, 100)
         for setting in settings:
             if SETTINGS[setting].physics == physics:

@@ -25,6 +25,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
@@ -153,6 +154,14 @@ def median_interval(ratios: NDArray[np.float64]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
+def line_of(method: str, times: Sequence[float], peaks: Mapping[str, float], *ratios: str) -> str:
+    """A line of a table: milliseconds of a step, some ratios, the peak of memory if known."""
+    low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
+    megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
+    cells = (method, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", *ratios, megabytes)
+    return f"| {' | '.join(cells)} |"
+
+
 def table(
     case: str, device: torch.device, seconds: dict[str, list[float]], peaks: dict[str, float]
 ) -> str:
@@ -165,14 +174,10 @@ def table(
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, times in seconds.items():
-        low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
         way = GRAPH if method.endswith(GRAPH) else ""
         x_uniform, x_floor = (np.divide(times, seconds[other + way]) for other in (UNIFORM, FLOOR))
-        megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
-        lines.append(
-            f"| {method} | {middle:.2f} | {low:.2f} to {high:.2f} | {np.median(x_uniform):.2f} "
-            f"| {np.median(x_floor):.3f} | {median_interval(x_floor)} | {megabytes} |"
-        )
+        over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
+        lines.append(line_of(method, times, peaks, f"{np.median(x_uniform):.2f}", *over_floor))
     return "\n".join(lines) + "\n"
 
 

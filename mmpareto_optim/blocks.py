@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmpareto_optim.ground import Gradient
+from mmpareto_optim.ground import Gradient, same_objects
 from mmpareto_optim.modalities import Modalities
 from mmpareto_optim.rules.gram import solver_dtype
 
@@ -56,9 +55,7 @@ class _Settled(NamedTuple):
     reached: Reached
 
     def holds_for(self, given: list[tuple[str, list[bool]]], keys: Sequence[Hashable]) -> bool:
-        return (
-            given == self.given and len(keys) == len(self.keys) and all(map(is_, keys, self.keys))
-        )
+        return given == self.given and same_objects(keys, self.keys)
 
 
 class Reach:

@@ -1,7 +1,8 @@
 """What several rooms name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class Gradients:
 
     rows: dict[str, Gradient]
     plain: Gradient
+
+
+def same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether two sequences hold the same objects, in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def gradient_dtype(param: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.frameworks import accelerated
 from tests.models import LateFusion, audio_visual_batch
 
 accelerate = pytest.importorskip("accelerate", reason="the integrations extra is not installed")
@@ -54,18 +55,6 @@ def prepared(accelerator: Any, model: LateFusion) -> tuple[Any, ...]:
     return found
 
 
-def train(accelerator: Any, model: Any, opt: Any, batches: Any, schedule: Any) -> None:
-    for batch in batches:
-        with accelerator.accumulate(model):
-            losses = {name: loss / 2 for name, loss in model.losses(batch).items()}
-            opt.optimizer.backward(losses)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 0.1)
-            opt.step()
-            schedule.step()
-            opt.zero_grad()
-
-
 def by_hand(model: LateFusion) -> MMParetoOptimizer:
     opt = MMParetoOptimizer(bases(model))
     schedule = lr_scheduler.ExponentialLR(opt, 0.9)
@@ -84,7 +73,7 @@ def test_prepare_accumulate_clip_and_schedule(accelerator: Any) -> None:
     model = LateFusion()
     plain = deepcopy(model)
     model, opt, batches, schedule = prepared(accelerator, model)
-    train(accelerator, model, opt, batches, schedule)
+    accelerated(accelerator, model, opt, batches, schedule)
     expected = by_hand(plain)
     torch.testing.assert_close(parameters(model), parameters(plain), rtol=0, atol=0)
     rates = [group["lr"] for group in opt.param_groups]
@@ -95,12 +84,12 @@ def test_prepare_accumulate_clip_and_schedule(accelerator: Any) -> None:
 def test_save_and_load_state(accelerator: Any, tmp_path: Path) -> None:
     model = LateFusion()
     everything = prepared(accelerator, model)
-    train(accelerator, *everything)
+    accelerated(accelerator, *everything)
     accelerator.save_state(tmp_path)
-    train(accelerator, *everything)
+    accelerated(accelerator, *everything)
     expected = parameters(model)
     accelerator.load_state(tmp_path)
-    train(accelerator, *everything)
+    accelerated(accelerator, *everything)
     torch.testing.assert_close(parameters(model), expected, rtol=0, atol=0)
 
 

@@ -3,7 +3,6 @@
 What it has in common with other frameworks is in test_integrations.py.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import fields
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.frameworks import hf_trainer
 
 transformers = pytest.importorskip("transformers", reason="the integrations extra is missing")
 pytest.importorskip("accelerate", reason="the integrations extra is missing")
@@ -144,34 +144,14 @@ def batches_of(rows: list[Row], size: int = 4) -> list[dict[str, Tensor]]:
 def trainer_of(
     model: nn.Module, folder: Path, rows: list[Row], *, given: Any = None, **options: Any
 ) -> Any:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-    try:
-        from hf_trainer import MMParetoTrainer
-    finally:
-        sys.path.pop(0)
     settings = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "num_train_epochs": 1,
-        "max_grad_norm": 0.1,
-        "optim": "sgd",
-        "optim_args": "momentum=0.9",
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
-        "save_strategy": "no",
     }
-    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-    arguments = transformers.TrainingArguments(str(folder), **quiet, **{**settings, **options})
-    return MMParetoTrainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=collate,
-        **(given or {}),
-    )
+    data = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate}
+    return hf_trainer(model, folder, {**settings, **options}, **data, **(given or {}))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

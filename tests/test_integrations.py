@@ -1,6 +1,5 @@
 """Lightning, Accelerate and the Hugging Face Trainer: real runs, against a loop by hand."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.frameworks import accelerated, hf_trainer
 from tests.models import LateFusion, Losses, audio_visual_batch
 
 # The libraries warn of their own affairs, some at import.
@@ -191,18 +191,6 @@ class TestAccelerate:
         yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         AcceleratorState._reset_state(reset_partial_state=True)
 
-    def train(self, accelerator: Any, model: Any, opt: Any, batches: Any, schedule: Any) -> None:
-        for batch in batches:
-            with accelerator.accumulate(model):
-                steps = accelerator.gradient_accumulation_steps
-                losses = {name: loss / steps for name, loss in model.losses(batch).items()}
-                opt.optimizer.backward(losses)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.1)
-                opt.step()
-                schedule.step()
-                opt.zero_grad()
-
     def test_prepare_and_accumulate(self, accelerator: Any) -> None:
         model, dataset = LateFusion(), data()
         plain = deepcopy(model)
@@ -211,7 +199,7 @@ class TestAccelerate:
         model, prepared, batches, schedule = accelerator.prepare(
             model, opt, loader(dataset), schedule
         )
-        self.train(accelerator, model, prepared, batches, schedule)
+        accelerated(accelerator, model, prepared, batches, schedule)
         assert_same(parameters(model), by_hand(plain, loader(dataset), accumulate=2, decay=0.9))
         assert prepared.optimizer is opt
         assert list(opt.stats) == ["mm+audio", "mm+visual"]
@@ -223,12 +211,12 @@ class TestAccelerate:
         model, prepared, batches, schedule = accelerator.prepare(
             model, opt, loader(data()), schedule
         )
-        self.train(accelerator, model, prepared, batches, schedule)
+        accelerated(accelerator, model, prepared, batches, schedule)
         accelerator.save_state(tmp_path)
-        self.train(accelerator, model, prepared, batches, schedule)
+        accelerated(accelerator, model, prepared, batches, schedule)
         expected = parameters(model)
         accelerator.load_state(tmp_path)
-        self.train(accelerator, model, prepared, batches, schedule)
+        accelerated(accelerator, model, prepared, batches, schedule)
         assert_same(parameters(model), expected)
 
     def test_losses_to_the_accelerated_optimizer_are_refused(self, accelerator: Any) -> None:
@@ -267,27 +255,13 @@ class TestTrainer:
         AcceleratorState._reset_state(reset_partial_state=True)
 
     def trainer(self, model: nn.Module, folder: Path, dataset: Any, **options: Any) -> Any:
-        transformers = pytest.importorskip("transformers", reason=MISSING)
-        sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-        try:
-            from hf_trainer import MMParetoTrainer
-        finally:
-            sys.path.pop(0)
+        pytest.importorskip("transformers", reason=MISSING)
         settings = {
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
-            "max_grad_norm": 0.1,
-            "optim": "sgd",
-            "optim_args": "momentum=0.9",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "save_strategy": "no",
             "logging_steps": 1,
         }
-        quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-        arguments = transformers.TrainingArguments(str(folder), **quiet, **{**settings, **options})
-        return MMParetoTrainer(model, arguments, train_dataset=Rows(dataset))
+        return hf_trainer(model, folder, {**settings, **options}, train_dataset=Rows(dataset))
 
     def test_a_run(self, tmp_path: Path) -> None:
         model, dataset = WithOutput(), data()

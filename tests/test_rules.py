@@ -238,7 +238,7 @@ def test_on_the_host_a_common_descent_direction(rows: Tensor) -> None:
 
 
 @given(st.lists(numbers, min_size=9, max_size=9))
-def test_any_lineon_the_host_as_anywhere(entries: list[float]) -> None:
+def test_any_numbers_on_the_host_as_anywhere(entries: list[float]) -> None:
     gram = torch.tensor(entries, dtype=torch.float64).view(3, 3)
     gram = gram.triu() + gram.triu(1).T
     expected = named_coefficients("uniform", gram, GAMMA, eps=2**-52)

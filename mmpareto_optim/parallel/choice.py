@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmpareto_optim.ground import same_objects
 from mmpareto_optim.parallel.alone import Alone
 
 
@@ -75,7 +75,7 @@ class Choice:
         if not any(map(is_dtensor, params)):
             return beside
         known = self._sharded
-        if known is None or known[1] is not beside or not _same(known[0], params):
+        if known is None or known[1] is not beside or not same_objects(known[0], params):
             self._sharded = known = (params, beside, Sharded(params, beside))
         return known[2]
 
@@ -88,7 +88,3 @@ class Choice:
         if self._averaged is None or self._averaged.group is not group:
             self._averaged = Averaged(group)
         return self._averaged if self._averaged.size > 1 else self._alone
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))

@@ -65,10 +65,10 @@ def _of_many(products: Array, gamma: float, eps: float, written: float) -> list[
         of_present = _of_many(taken, gamma, eps, written)
         others, mean = iter(of_present), sum(of_present) / count
         return [next(others) if there else mean for there in present.tolist()]
-    if products.min() >= 0:
-        return [gamma] * size
     if size == 2:
         return list(_of_two(products.tolist(), gamma, 2 * eps + written))
+    if products.min() >= 0:
+        return [gamma] * size
     return [gamma * float(c) for c in _common_of_many(products, size * eps + written)]
 
 
