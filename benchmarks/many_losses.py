@@ -34,7 +34,13 @@ import torch
 from methods import Step, backward_floor
 from models import mlp
 from rich.progress import track
-from step_time import line_of, median_interval, resident_high_water
+from step_time import (
+    commit_here,
+    line_of,
+    median_interval,
+    megabytes,
+    resident_high_water,
+)
 from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer
@@ -243,7 +249,7 @@ def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -
         x_floor = np.divide(times, seconds[FLOOR])
         x_rival = f"{np.median(np.divide(times, fastest)):.2f}" if fastest else ""
         over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
-        lines.append(line_of(method, times, peaks, *over_floor, x_rival))
+        lines.append(line_of(method, times, *over_floor, x_rival, megabytes(peaks, method)))
     return "\n".join(lines) + "\n"
 
 
@@ -264,15 +270,14 @@ def main() -> None:
         print(peak_here(*options.peak))
         return
 
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = commit_here()
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     results = {case: measure(case, options.rounds, CLOCKS[options.clock]) for case in options.cases}
     peaks = {case: {m: peak(case, m) for m in methods()} for case in options.cases}
     head = (
         "# Time and memory with many losses\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
-        f"{commit or 'unknown'}, {options.clock} time. Written "
+        f"{commit}, {options.clock} time. Written "
         "by `benchmarks/many_losses.py`; its docstring says\nhow "
         "ratios are made. *x TorchJD* is over the faster of its two ways.\n"
     )

@@ -154,12 +154,22 @@ def median_interval(ratios: NDArray[np.float64]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def line_of(method: str, times: Sequence[float], peaks: Mapping[str, float], *ratios: str) -> str:
-    """A line of a table: milliseconds of a step, some ratios, the peak of memory if known."""
+def line_of(method: str, times: Sequence[float], *others: str) -> str:
+    """A line of a table: milliseconds of a step, and other cells."""
     low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
-    megabytes = f"{peaks[method]:.0f}" if method in peaks else ""
-    cells = (method, f"{middle:.2f}", f"{low:.2f} to {high:.2f}", *ratios, megabytes)
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join((method, f'{middle:.2f}', f'{low:.2f} to {high:.2f}', *others))} |"
+
+
+def megabytes(peaks: Mapping[str, float], method: str) -> str:
+    """The peak of a method's memory, if known."""
+    return f"{peaks[method]:.0f}" if method in peaks else ""
+
+
+def commit_here(otherwise: str = "unknown") -> str:
+    """The commit that is checked out."""
+    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
+    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return found or otherwise
 
 
 def table(
@@ -177,7 +187,8 @@ def table(
         way = GRAPH if method.endswith(GRAPH) else ""
         x_uniform, x_floor = (np.divide(times, seconds[other + way]) for other in (UNIFORM, FLOOR))
         over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
-        lines.append(line_of(method, times, peaks, f"{np.median(x_uniform):.2f}", *over_floor))
+        cells = (f"{np.median(x_uniform):.2f}", *over_floor, megabytes(peaks, method))
+        lines.append(line_of(method, times, *cells))
     return "\n".join(lines) + "\n"
 
 
@@ -196,8 +207,7 @@ def main() -> None:
         print(peak_here(*options.peak))
         return
 
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = commit_here(options.commit)
     device = options.device
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -208,7 +218,7 @@ def main() -> None:
     head = (
         "# Time and memory of one training step\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
-        f"{commit or options.commit}. Written by `benchmarks/step_time.py`; its docstring says how "
+        f"{commit}. Written by `benchmarks/step_time.py`; its docstring says how "
         "ratios are made.\nThe *floor* makes the same autograd calls and merely adds the "
         "gradients.\n"
     )
@@ -217,7 +227,7 @@ def main() -> None:
     document = {
         "machine": machine,
         "torch": torch.__version__,
-        "commit": commit or options.commit,
+        "commit": commit,
         "s": results,
         "peak_mb": peaks,
     }

@@ -19,7 +19,7 @@ from mmpareto_optim.integration import Integrated
 from mmpareto_optim.measuring import Measuring, Turn
 from mmpareto_optim.method import Integration, Method, check_settings, constants_of
 from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
-from mmpareto_optim.parallel.alone import Alone
+from mmpareto_optim.parallel.alone import Alone, Underway
 from mmpareto_optim.parallel.choice import Choice, check_member
 from mmpareto_optim.parts import parts_so_far, rows_of_parts
 from mmpareto_optim.report import AtFeatures as Seen
@@ -50,6 +50,7 @@ class _Call(NamedTuple):
         modalities: blocks by hand, or None.
         turn: how it is measured.
         keep: whether more may be added.
+        underway: what averages each gradient while the next loss is differentiated, or None.
     """
 
     params: Sequence[Tensor]
@@ -58,6 +59,7 @@ class _Call(NamedTuple):
     modalities: Modalities | None
     turn: Turn
     keep: bool
+    underway: Underway | None
 
 
 class GradientIntegrator:
@@ -205,12 +207,16 @@ class GradientIntegrator:
                 *constants_of(params, self._method(), modalities, features),
                 ("measure_every or measure_noise", turn[1:]),
             )
-            call = _Call(params, processes, common, modalities, turn, keep)
+            through = features if turn.measured else None
+            underway = processes.agree(losses, params, common) if through is None else None
+            if turn.noise or not turn.measured:  # needed as they are, or one for all
+                underway = None
+            call = _Call(params, processes, common, modalities, turn, keep, underway)
             with grads_set_aside(params) as foreign:
-                if features is None or not turn.measured:
+                if through is None:
                     found, seen = self._differentiated(losses, call, retain_graph), Seen()
                 else:
-                    found, seen = self._through_features(losses, features, call, retain_graph)
+                    found, seen = self._through_features(losses, through, call, retain_graph)
         with torch.no_grad():
             if turn.measured:
                 self._meet(call, found, foreign, seen)
@@ -221,13 +227,17 @@ class GradientIntegrator:
 
     def _meet(self, call: "_Call", found: Gradients, foreign: Gradient, seen: Seen) -> None:
         """Integrate what has accumulated of each loss where losses meet, and write it."""
-        params, processes, common, modalities, turn, keep = call
+        params, processes, common, modalities, turn, keep, underway = call
         if keep:
             for gradient in (*found.rows.values(), found.plain):
                 secured(gradient)
-        own, found = found, processes.averaged(found, params, common)
-        rows = rows_of_parts(own, found, processes) if turn.noise else {}
-        del own
+        rows = rows_of_parts(found) if turn.noise and processes.parts > 1 else {}
+        if underway is None:
+            found = processes.averaged(found, params, common)
+        else:
+            found = underway.finished()
+        if turn.noise and processes.parts == 1:
+            rows = rows_of_parts(found)
         window = Window(params, found, foreign)
         # Until the new one is complete there is none: whatever raises below (a rule of
         # the user's, say) leaves .grad as it is and ends the accumulation.
@@ -333,9 +343,11 @@ class GradientIntegrator:
 
     def _differentiated(self, losses: Losses, call: "_Call", retain_graph: bool) -> Gradients:
         """Each loss's gradient on this process; where that is not measured, that of the sum."""
-        params, processes, common, _, turn, _ = call
-        processes.agree(losses, common)
-        rows = (gradients_of if turn.measured else gradient_of_sum)(
+        params, processes, underway = call.params, call.processes, call.underway
+        differentiate = gradients_of if call.turn.measured else gradient_of_sum
+        if underway is not None:
+            differentiate = partial(gradients_of, arrived=underway.begin)
+        rows = differentiate(
             losses,
             params,
             self._describe,

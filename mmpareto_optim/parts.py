@@ -68,16 +68,9 @@ class Parts:
         return self.count / (self.count - 1) * (gram - self.grams[block])
 
 
-def rows_of_parts(own: Gradients, mean: Gradients, group: Alone) -> dict[str, Gradient]:
-    """What one backward adds, in lists that accumulation leaves alone.
-
-    Args:
-        own: each loss's gradient on this process.
-        mean: those of the whole batch.
-        group: the processes.
-    """
-    rows = (own if group.parts > 1 else mean).rows
-    return {name: list(row) for name, row in rows.items()}
+def rows_of_parts(found: Gradients) -> dict[str, Gradient]:
+    """What one backward adds, in lists that averaging and accumulation leave alone."""
+    return {name: list(row) for name, row in found.rows.items()}
 
 
 def parts_so_far(

@@ -17,6 +17,9 @@ SUM = "sum of the losses"
 Differentiate = Callable[..., Gradient]
 """As :func:`by_autograd`."""
 
+Arrived = Callable[[str, Gradient], None]
+"""Takes a loss's name and its gradient."""
+
 
 def by_autograd(
     outputs: Sequence[Tensor],
@@ -99,6 +102,7 @@ def gradients_of(
     *,
     others: Sequence[Tensor] = (),
     retain_graph: bool = False,
+    arrived: Arrived | None = None,
 ) -> dict[str, Gradient]:
     """Differentiate each loss by the parameters.
 
@@ -110,6 +114,7 @@ def gradients_of(
         differentiate: how the gradient of one loss is found.
         others: as for :func:`by_autograd`.
         retain_graph: whether the graph is needed again after the last loss.
+        arrived: is told of each gradient before the next loss is differentiated.
 
     Returns:
         For each loss one gradient for each parameter. These tensors may share memory with
@@ -134,6 +139,8 @@ def gradients_of(
                 retain_graph=retain_graph or name != names[0],
             )
         _check_dense(f"loss {name!r} gives", found[name], params, describe)
+        if arrived is not None:
+            arrived(name, found[name])
     return {name: found[name] for name in names}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -10,6 +10,16 @@ from mmpareto_optim.blocks import largest_of, numbers_of
 from mmpareto_optim.flat.block import FlatBlock
 from mmpareto_optim.gradients.exact import Differentiate, by_autograd, leaves_not_among
 from mmpareto_optim.ground import Gradient, Gradients
+
+
+class Underway(Protocol):
+    """Averages of one loss's gradient after the other, each made while the next one is found."""
+
+    def begin(self, name: str, gradient: Gradient) -> None:
+        """Begin to average a loss's gradient, which is emptied."""
+
+    def finished(self) -> Gradients:
+        """Those of all losses, averaged."""
 
 
 class Alone:
@@ -28,8 +38,18 @@ class Alone:
         """An error in here becomes one on all processes."""
         return nullcontext()
 
-    def agree(self, losses: Iterable[str], constants: Any) -> None:
-        """Raise if differentiating is itself collective, and not all are about to do the same."""
+    def agree(
+        self, losses: Iterable[str], params: Sequence[Tensor], constants: Any
+    ) -> Underway | None:
+        """Before losses are differentiated.
+
+        Returns:
+            What averages their gradients one by one in place of :meth:`averaged`, or None.
+
+        Raises:
+            DisagreementError: not all processes are about to do the same, where they have to.
+        """
+        return None
 
     def check_method(self, by_tensor: bool, at_features: bool) -> None:
         """Raise if gradients cannot be stretched by tensor, or integrated at features."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,12 @@ from mmpareto_optim.parallel.plan import Constants, DisagreementError, Plan, Pla
 
 BUCKET = 2**23
 """Elements that are averaged by one collective."""
+
+WORTH_OVERLAPPING = 2**20
+"""Elements of a gradient that is averaged while the next loss is differentiated.
+
+Of fewer, those of all losses are averaged at once: that saves a comparison of plans for each.
+"""
 
 
 class Averaged(Alone):
@@ -47,6 +53,17 @@ class Averaged(Alone):
         """Raise DisagreementError, on all ranks, if constants differ or one of them failed."""
         self._plans.compared(Plan(constants))
 
+    def agree(
+        self, losses: Iterable[str], params: Sequence[Tensor], constants: Constants
+    ) -> OneByOne | None:
+        """As :meth:`Alone.agree`; None for small models, and where ranks differ in their losses."""
+        if sum(param.numel() for param in params) < WORTH_OVERLAPPING:
+            return None
+        announced = tuple((name, ()) for name in losses)
+        if len(self._plans.compared(Plan(constants, announced))) > 1:
+            return None
+        return OneByOne(self, params, [name for name, _ in announced])
+
     def averaged(
         self, found: Gradients, params: Sequence[Tensor], constants: Constants
     ) -> Gradients:
@@ -63,8 +80,10 @@ class Averaged(Alone):
         """As :meth:`averaged`, at some positions; tensors like the gradients in place of params."""
         rows: dict[Any, Gradient] = {(name,): row for name, row in found.rows.items()}
         rows[()] = found.plain  # no loss has this name
-        united = self._united(rows, likes, constants)
-        self._average(united, positions)
+        united = self.united_by_name(rows, likes, constants)
+        for row in rows.values():
+            row[:] = [None] * len(row)  # their memory is free while buckets are filled
+        finish(self.begin(united, positions))
         plain = united.pop(())
         return Gradients({name: row for (name,), row in united.items()}, plain)
 
@@ -72,7 +91,7 @@ class Averaged(Alone):
         self, rows: dict[str, Gradient], features: Sequence[Tensor], constants: Constants
     ) -> dict[str, Gradient]:
         """Zeros for the gradients that this rank lacks and another has; losses in one order."""
-        return self._united(rows, features, constants)
+        return self.united_by_name(rows, features, constants)
 
     def largest_at_features(self, tensors: Sequence[Tensor]) -> list[float]:
         """Over all ranks; infinite for NaN, which a maximum could lose."""
@@ -106,9 +125,10 @@ class Averaged(Alone):
         dist.all_reduce(value, group=self.group)
         return value
 
-    def _united(
+    def united_by_name(
         self, rows: Mapping[Any, Gradient], likes: Sequence[Tensor], constants: Constants
     ) -> dict[Any, Gradient]:
+        """As :meth:`united`, of tensors like some others."""
         reach = tuple((n, tuple(g is not None for g in row)) for n, row in rows.items())
         reached: dict[Any, tuple[bool, ...]] = {}
         for plan in self._plans.compared(Plan(constants, reach)):
@@ -125,25 +145,77 @@ class Averaged(Alone):
             for name, mask in reached.items()
         }
 
-    def _average(self, rows: Mapping[Any, Gradient], positions: Sequence[int]) -> None:
-        """Replace the gradients at some positions; all losses of a bucket go in one collective."""
-        waiting = []
-        for bucket in _buckets(rows, positions):
-            pieces = [row[position] for row, position in bucket]
+    def begin(self, rows: Mapping[Any, Gradient], positions: Sequence[int]) -> list[_Bucket]:
+        """Begin to average the gradients at some positions, which are None until it is finished.
+
+        All losses of a bucket go in one collective.
+        """
+        begun = []
+        for places in _buckets(rows, positions):
+            pieces = [row[position] for row, position in places]
             flat = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
-            for row, position in bucket:
+            for row, position in places:
                 row[position] = None  # its memory is free while the next bucket is filled
             shapes = [piece.shape for piece in pieces if piece is not None]
             del pieces
             # Divided before and not after, where the sum of half-precision numbers overflows.
             flat /= self.size
             work = dist.all_reduce(flat, group=self.group, async_op=True)
-            waiting.append((work, bucket, flat, shapes))
-        for work, bucket, flat, shapes in waiting:
-            work.wait()
-            means = flat.split([shape.numel() for shape in shapes])
-            for (row, position), mean, shape in zip(bucket, means, shapes, strict=True):
-                row[position] = mean.view(shape)
+            begun.append(_Bucket(work, flat, places, shapes))
+        return begun
+
+
+class OneByOne:
+    """An :class:`Underway`.
+
+    Args:
+        ranks: those that average, which have the same losses in the same order.
+        params: the parameters.
+        losses: names of the losses.
+    """
+
+    def __init__(self, ranks: Averaged, params: Sequence[Tensor], losses: Sequence[str]) -> None:
+        self._ranks = ranks
+        self._params = params
+        self._rows: dict[str, Gradient] = {name: [] for name in losses}
+        self._begun: list[_Bucket] = []
+
+    def begin(self, name: str, gradient: Gradient) -> None:
+        """Begin to average a loss's gradient, which is emptied."""
+        rows = self._ranks.united_by_name({name: gradient}, self._params, ())
+        gradient[:] = [None] * len(gradient)
+        self._rows |= rows
+        self._begun += self._ranks.begin(rows, range(len(self._params)))
+
+    def finished(self) -> Gradients:
+        """Means over the ranks, as of :meth:`Averaged.averaged`."""
+        finish(self._begun)
+        return Gradients(self._rows, [None] * len(self._params))
+
+
+class _Bucket(NamedTuple):
+    """Gradients that are being averaged.
+
+    Attributes:
+        work: what is waited for.
+        flat: all of them.
+        places: rows and positions that they go back to.
+        shapes: theirs.
+    """
+
+    work: Any
+    flat: Tensor
+    places: list[tuple[Gradient, int]]
+    shapes: list[torch.Size]
+
+
+def finish(begun: Sequence[_Bucket]) -> None:
+    """Wait until gradients are averaged, and put them where they were."""
+    for work, flat, places, shapes in begun:
+        work.wait()
+        means = flat.split([shape.numel() for shape in shapes])
+        for (row, position), mean, shape in zip(places, means, shapes, strict=True):
+            row[position] = mean.view(shape)
 
 
 def summed(tensors: Sequence[Tensor], groups: Sequence[Any]) -> list[Tensor]:

@@ -83,7 +83,7 @@ def _short(value: Any) -> str:
     return text if len(text) < 200 else f"{text[:100]} ... {text[-90:]}"
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _digest(plan: Plan) -> int:
     # Python's own hash of text differs from process to process.
     return int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:7], "big")

@@ -1,0 +1,190 @@
+"""Time of one step on several processes, each with a batch of its own; writes RANKS.md and JSON.
+
+    torchrun --nproc-per-node 2 benchmarks/ranks.py --network "one machine"
+    torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
+        benchmarks/ranks.py --network "two machines, 1 Gbit/s"
+
+Ratios are to a floor that differentiates each loss and, while the next one is differentiated, adds
+up its gradient over the ranks, in one collective; gradients are merely added. Steps are
+interleaved in an order drawn at random for each round; ratios are medians of those within a round,
+with the interval of that median by order statistics. "at the end" is ours as it would be if all
+averages were made after the last backward. Times are rank 0's, from one barrier to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from many_losses import Task, base_of, convolutions, small_mlp, wide_mlp
+from methods import Step
+from step_time import commit_here, line_of, median_interval
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.parallel import averaged
+
+FOLDER = Path(__file__).parent
+CASES: dict[str, tuple[Callable[[int], Task], int, int]] = {
+    "convolutions, 3 losses": (convolutions, 3, 20),
+    "convolutions, 10 losses": (convolutions, 10, 10),
+    "wide mlp, 3 losses": (wide_mlp, 3, 12),
+    "wide mlp, 10 losses": (wide_mlp, 10, 8),
+    "small mlp, 3 losses": (small_mlp, 3, 100),
+}
+"""Builder, losses, rounds."""
+
+
+class Sum(nn.Module):
+    """The sum of a task's losses, as DistributedDataParallel wants to have it called."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model = task.model
+        self._losses_of = task.losses_of
+
+    def forward(self) -> Tensor:
+        return torch.stack(self._losses_of(self.model)).sum()
+
+
+def plain(task: Task) -> Step:
+    optimizer = base_of(task.model)
+    total = DistributedDataParallel(Sum(task))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        total().backward()
+        optimizer.step()
+
+    return step
+
+
+def floor(task: Task) -> Step:
+    optimizer = base_of(task.model)
+    params = list(task.model.parameters())
+
+    def step() -> None:
+        losses = task.losses_of(task.model)
+        begun = []
+        for loss in losses:
+            retain = loss is not losses[-1]
+            found = torch.autograd.grad(loss, params, retain_graph=retain, allow_unused=True)
+            flat = torch.cat([gradient.reshape(-1) for gradient in found if gradient is not None])
+            flat /= dist.get_world_size()
+            begun.append((dist.all_reduce(flat, async_op=True), flat, found))
+        optimizer.zero_grad()
+        for work, flat, found in begun:
+            work.wait()
+            reached = [(p, g) for p, g in zip(params, found, strict=True) if g is not None]
+            means = flat.split([gradient.numel() for _, gradient in reached])
+            for (param, gradient), mean in zip(reached, means, strict=True):
+                mean = mean.view(gradient.shape)
+                param.grad = mean if param.grad is None else param.grad + mean
+        optimizer.step()
+
+    return step
+
+
+def ours(task: Task, least: float, *, features: bool = False) -> Step:
+    optimizer = MMParetoOptimizer(base_of(task.model))
+    trunk = task.model["trunk"]  # type: ignore[index]
+    seen: dict[str, Tensor] = {}
+    trunk.register_forward_hook(lambda _, __, output: seen.update(trunk=output))
+
+    def step() -> None:
+        losses = {str(i): loss for i, loss in enumerate(task.losses_of(task.model))}
+        optimizer.zero_grad()
+        before, averaged.WORTH_OVERLAPPING = averaged.WORTH_OVERLAPPING, least  # type: ignore
+        optimizer.step(losses=losses, features=seen if features else None)
+        averaged.WORTH_OVERLAPPING = before
+
+    return step
+
+
+FLOOR = "floor"
+METHODS: dict[str, Callable[[Task], Step]] = {
+    "DDP, one backward of the sum": plain,
+    FLOOR: floor,
+    "ours": lambda task: ours(task, averaged.WORTH_OVERLAPPING),
+    "ours, one by one": lambda task: ours(task, 0),
+    "ours, at the end": lambda task: ours(task, math.inf),
+    "ours, features": lambda task: ours(task, math.inf, features=True),
+}
+
+
+def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
+    build, losses, usual = CASES[case]
+    torch.manual_seed(0)
+    task = build(losses)
+    steps = {m: make(Task(deepcopy(task.model), task.losses_of)) for m, make in METHODS.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    for step in [*steps.values()] * 2:
+        step()
+    orders = np.random.default_rng(0)
+    for _ in range(rounds or usual):
+        for method in orders.permutation(list(steps)):
+            dist.barrier()
+            started = perf_counter()
+            steps[method]()
+            dist.barrier()
+            seconds[method].append(perf_counter() - started)
+    return seconds
+
+
+def table(case: str, seconds: dict[str, list[float]]) -> str:
+    build, losses, _ = CASES[case]
+    parameters = sum(param.numel() for param in build(losses).model.parameters())
+    lines = [
+        f"## {case}\n",
+        f"{parameters / 1e6:.2f} M parameters: one gradient is {parameters * 4 / 1e6:.1f} MB.\n",
+        "| | ms | middle half | x floor | its 95 % interval |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for method, times in seconds.items():
+        ratios = np.divide(times, seconds[FLOOR])
+        interval = "" if method == FLOOR else median_interval(ratios)
+        lines.append(line_of(method, times, f"{np.median(ratios):.3f}", interval))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--network", required=True, help="what lies between the ranks, in words")
+    parser.add_argument("--rounds", type=int, help="instead of each case's own number")
+    parser.add_argument("--output", type=Path, default=FOLDER / "RANKS.md")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {case: measure(case, options.rounds) for case in options.cases}
+    if dist.get_rank() == 0:
+        machine = f"{dist.get_world_size()} ranks of one {platform.machine()} core, gloo"
+        head = (
+            "# Time of one step on several processes\n\n"
+            f"{machine}, {options.network}, PyTorch {torch.__version__}, commit {commit_here()}. Written "
+            "by\n`benchmarks/ranks.py`; its docstring says how ratios are made.\n"
+        )
+        tables = (table(case, seconds) for case, seconds in results.items())
+        options.output.write_text("\n".join([head, *tables]))
+        facts = {
+            "machine": machine,
+            "network": options.network,
+            "commit": commit_here(),
+            "s": results,
+        }
+        options.output.with_suffix(".json").write_text(json.dumps(facts))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
