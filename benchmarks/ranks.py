@@ -7,8 +7,9 @@
 Ratios are to a floor that differentiates each loss and, while the next one is differentiated, adds
 up its gradient over the ranks, in one collective; gradients are merely added. Steps are
 interleaved in an order drawn at random for each round; ratios are medians of those within a round,
-with the interval of that median by order statistics. "at the end" is ours as it would be if all
-averages were made after the last backward. Times are rank 0's, from one barrier to the next.
+with the interval of that median by order statistics. Ours makes the averages of large gradients
+"one by one", while the next loss is differentiated, and of small ones "at the end", after the last
+backward; both are measured. Times are rank 0's, from one barrier to the next.
 """
 
 from __future__ import annotations
@@ -95,8 +96,14 @@ def floor(task: Task) -> Step:
     return step
 
 
-def ours(task: Task, least: float, *, features: bool = False) -> Step:
-    optimizer = MMParetoOptimizer(base_of(task.model))
+def ours(
+    task: Task,
+    least: float = averaged.WORTH_OVERLAPPING,
+    *,
+    features: bool = False,
+    reduce_dtype: torch.dtype | None = None,
+) -> Step:
+    optimizer = MMParetoOptimizer(base_of(task.model), reduce_dtype=reduce_dtype)
     trunk = task.model["trunk"]  # type: ignore[index]
     seen: dict[str, Tensor] = {}
     trunk.register_forward_hook(lambda _, __, output: seen.update(trunk=output))
@@ -115,10 +122,11 @@ FLOOR = "floor"
 METHODS: dict[str, Callable[[Task], Step]] = {
     "DDP, one backward of the sum": plain,
     FLOOR: floor,
-    "ours": lambda task: ours(task, averaged.WORTH_OVERLAPPING),
+    "ours": ours,
     "ours, one by one": lambda task: ours(task, 0),
     "ours, at the end": lambda task: ours(task, math.inf),
-    "ours, features": lambda task: ours(task, math.inf, features=True),
+    "ours, in bfloat16": lambda task: ours(task, reduce_dtype=torch.bfloat16),
+    "ours, features": lambda task: ours(task, features=True),
 }
 
 
@@ -171,8 +179,9 @@ def main() -> None:
         machine = f"{dist.get_world_size()} ranks of one {platform.machine()} core, gloo"
         head = (
             "# Time of one step on several processes\n\n"
-            f"{machine}, {options.network}, PyTorch {torch.__version__}, commit {commit_here()}. Written "
-            "by\n`benchmarks/ranks.py`; its docstring says how ratios are made.\n"
+            f"{machine}, {options.network}, PyTorch {torch.__version__}, commit "
+            f"{commit_here()}. Written by\n`benchmarks/ranks.py`; its docstring says how ratios "
+            "are made.\n"
         )
         tables = (table(case, seconds) for case, seconds in results.items())
         options.output.write_text("\n".join([head, *tables]))

@@ -20,7 +20,7 @@ from mmpareto_optim.measuring import Measuring, Turn
 from mmpareto_optim.method import Integration, Method, check_settings, constants_of
 from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
 from mmpareto_optim.parallel.alone import Alone, Underway
-from mmpareto_optim.parallel.choice import Choice, check_member
+from mmpareto_optim.parallel.choice import Choice, check_averaging
 from mmpareto_optim.parts import parts_so_far, rows_of_parts
 from mmpareto_optim.report import AtFeatures as Seen
 from mmpareto_optim.report import (
@@ -83,6 +83,7 @@ class GradientIntegrator:
         rescale: as said.
         process_group: as said.
         average_gradients: as said.
+        reduce_dtype: as said.
         measure_every: as said.
         measure_noise: as said.
         memory: as said.
@@ -99,7 +100,8 @@ class GradientIntegrator:
         TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
         ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
             parameter in two modalities, or one that ``params`` does not hold; a
-            ``process_group`` that this process is not in, or with ``average_gradients=False``.
+            ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
+            ``average_gradients=False``; a ``reduce_dtype`` that is not a floating-point one.
     """
 
     stats: dict[str, BlockStats]
@@ -114,6 +116,7 @@ class GradientIntegrator:
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        reduce_dtype: torch.dtype | None = None,
         measure_every: int = 1,
         measure_noise: bool = False,
         memory: Literal["normal", "low"] = "normal",
@@ -123,11 +126,11 @@ class GradientIntegrator:
         self.rescale = rescale
         self._copies: dict[str, Rule] = {}
         check_settings(self._method(), memory, measure_every, measure_noise)
-        check_member(process_group, average_gradients)
+        check_averaging(process_group, average_gradients, reduce_dtype)
         self.param_groups = as_groups(params)
         self._measuring = Measuring(measure_every, measure_noise, integration, gamma)
         self._memory = memory
-        self._choice = Choice(process_group, average_gradients)
+        self._choice = Choice(process_group, average_gradients, reduce_dtype)
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality)
@@ -206,6 +209,7 @@ class GradientIntegrator:
             common = (
                 *constants_of(params, self._method(), modalities, features),
                 ("measure_every or measure_noise", turn[1:]),
+                ("reduce_dtype", self._choice.reduce_dtype),
             )
             through = features if turn.measured else None
             underway = processes.agree(losses, params, common) if through is None else None
@@ -311,10 +315,10 @@ class GradientIntegrator:
         settings = ("integration", "gamma", "rescale", "_memory", "_measuring")
         kept = ("param_groups", *settings, "_copies", "_modalities")
         state = {name: self.__dict__[name] for name in kept}
-        return {**state, "_average_gradients": self._choice.average_gradients}
+        return {**state, "_choice": (self._choice.average_gradients, self._choice.reduce_dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._choice = Choice(None, state.pop("_average_gradients"))
+        self._choice = Choice(None, *state.pop("_choice"))
         self.__dict__.update(state)
         self.forget()
 

@@ -70,6 +70,10 @@ class MMParetoOptimizer(Optimizer):
             Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
             and not averaged over the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
+        reduce_dtype: in what dtype real gradients are averaged over processes, their own if None.
+            ``torch.bfloat16`` halves what goes over the network and rounds each gradient twice
+            and more, to 8 bits; ``torch.float32`` averages gradients in half precision exactly.
+            Gradients that FSDP2 reduces have its ``MixedPrecisionPolicy``.
         measure_every: with ``integration="uniform"``, the plain sum, differentiate the losses one
             by one in every so many steps only, for ``stats``; the first is one of them. In those
             between, the losses take one backward pass together, as in plain training, and
@@ -97,7 +101,8 @@ class MMParetoOptimizer(Optimizer):
         ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive;
             ``measure_every`` beside another rule than the plain sum; a
             parameter in two modalities, or one that the base does not hold; a
-            ``process_group`` that this process is not in, or with ``average_gradients=False``.
+            ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
+            ``average_gradients=False``; a ``reduce_dtype`` that is not a floating-point one.
     """
 
     def __init__(
@@ -110,6 +115,7 @@ class MMParetoOptimizer(Optimizer):
         rescale: Literal["encoder", "tensor"] = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
+        reduce_dtype: torch.dtype | None = None,
         measure_every: int = 1,
         measure_noise: bool = False,
         memory: Literal["normal", "low"] = "normal",
@@ -125,6 +131,7 @@ class MMParetoOptimizer(Optimizer):
             rescale=rescale,
             process_group=process_group,
             average_gradients=average_gradients,
+            reduce_dtype=reduce_dtype,
             measure_every=measure_every,
             measure_noise=measure_noise,
             memory=memory,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -16,13 +18,28 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
 from mmpareto_optim.parallel import averaged
-from tests.models import LateFusion, Losses, audio_visual_batch
+from tests.models import LateFusion, Losses, audio_visual_batch, vectors_as_losses
 from tests.processes import Processes
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Options = dict[str, Any]
+
+
+def average_one_by_one(least: float) -> None:
+    averaged.WORTH_OVERLAPPING = least  # type: ignore[assignment]
+
+
+@pytest.fixture(scope="module", params=[math.inf, 0], ids=["at once", "one by one"])
+def two(two: Processes, request: pytest.FixtureRequest) -> Iterator[Processes]:
+    """With both ways of averaging, of which the size of a model decides otherwise."""
+    two(average_one_by_one, request.param)
+    yield two
+    two(average_one_by_one, AVERAGED_ONE_BY_ONE)
+
+
+AVERAGED_ONE_BY_ONE = averaged.WORTH_OVERLAPPING
 
 
 class Model(LateFusion):
@@ -363,6 +380,124 @@ def test_an_error_on_one_rank_is_one_on_all(two: Processes, features: bool) -> N
     two(check_an_error_on_one_rank, features)
 
 
+def check_an_error_between_averages(accumulated: bool) -> None:
+    """On one rank a backward fails, when averages of other losses may be on their way."""
+    model = Model()
+    opt = sgd(model)
+    first, second = batches(2)
+    if accumulated:
+        opt.backward(model.losses(share(first)))
+    before = grads(model)
+    kept = [None if gradient is None else gradient.clone() for gradient in before]
+    losses = model.losses(share(second))
+    failing = dist.get_rank() == 1
+    if failing:
+        scaled = losses["audio"] * 1.0
+        scaled.register_hook(lambda _: 1 / 0)
+        losses["audio"] = scaled
+    error = ZeroDivisionError if failing else RuntimeError
+    with pytest.raises(error, match=r"" if failing else "failed on rank 1.*ZeroDivisionError"):
+        opt.step(losses=losses)
+    for gradient, same, value in zip(grads(model), before, kept, strict=True):
+        assert gradient is same
+        assert gradient is None or gradient.equal(value)  # type: ignore[arg-type]
+    opt.zero_grad()
+    opt.step(losses=model.losses(share(first)))  # the ranks are still in step
+    assert_same_on_all_ranks(*(param.detach() for param in model.parameters()))
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_an_error_between_averages(two: Processes, accumulated: bool) -> None:
+    two(check_an_error_between_averages, accumulated)
+
+
+def check_order() -> None:
+    large = averaged.WORTH_OVERLAPPING == 0
+    model = Model()
+    opt = sgd(model)
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        grad, all_reduce = torch.autograd.grad, dist.all_reduce
+
+        def noted_grad(*args: Any, **kwargs: Any) -> Any:
+            events.append("differentiate")
+            return grad(*args, **kwargs)
+
+        def noted_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            events.extend(["average"] if tensor.is_floating_point() else [])
+            return all_reduce(tensor, *args, **kwargs)
+
+        patch.setattr(torch.autograd, "grad", noted_grad)
+        patch.setattr(dist, "all_reduce", noted_reduce)
+        opt.step(losses=model.losses(share(batches(1)[0])))
+    alternating = ["differentiate", "average"] * 3
+    assert events == (alternating if large else ["differentiate"] * 3 + ["average"])
+
+
+def test_large_gradients_are_averaged_while_the_next_is_found(two: Processes) -> None:
+    two(check_order)
+
+
+def check_reduce_dtype(dtype: torch.dtype) -> None:
+    """Each rank's gradients over two, in that dtype, are added in it."""
+    model = LateFusion()
+    integrator = GradientIntegrator(model.parameters(), reduce_dtype=dtype, integration="uniform")
+    parts = [audio_visual_batch(6) for _ in range(2)]
+    expected: dict[nn.Parameter, Tensor] = {}
+    exact: dict[nn.Parameter, Tensor] = {}
+    for name in ("visual", "audio", "mm"):
+        both = [
+            torch.autograd.grad(
+                model.losses(part)[name], list(model.parameters()), materialize_grads=True
+            )
+            for part in parts
+        ]
+        for param, *pair in zip(model.parameters(), *both, strict=True):
+            one, other = (gradient.to(dtype) / 2 for gradient in pair)
+            expected[param] = expected.get(param, 0) + (one + other).float()
+            exact[param] = exact.get(param, 0) + (pair[0] + pair[1]) / 2
+    integrator.backward(model.losses(parts[dist.get_rank()]))
+    for param in model.parameters():
+        torch.testing.assert_close(param.grad, expected[param], rtol=1e-5, atol=1e-7)
+    assert_same_on_all_ranks(*grads(model))
+    rounded = any(not torch.allclose(expected[p], exact[p], rtol=1e-4) for p in exact)
+    assert rounded == (dtype.itemsize == 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_dtype_of_averages(two: Processes, dtype: torch.dtype) -> None:
+    two(check_reduce_dtype, dtype)
+
+
+def check_half_precision_averaged_exactly() -> None:
+    param = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    opt = MMParetoOptimizer(torch.optim.SGD([param], lr=1.0), reduce_dtype=torch.float32)
+    # On the ranks 256 and 2, of which the mean is 129, 128 after one rounding to bfloat16 each.
+    own = torch.tensor([256.0, 258.0, -256.0]) if dist.get_rank() == 0 else torch.full((3,), 2.0)
+    opt.backward({"one": (param.float() * own).sum()})
+    assert param.grad is not None
+    assert param.grad.dtype == torch.bfloat16
+    assert param.grad.equal(torch.tensor([129.0, 130.0, -127.0]).bfloat16())
+
+
+def test_half_precision_averaged_exactly(two: Processes) -> None:
+    two(check_half_precision_averaged_exactly)
+
+
+def check_copies_keep_the_dtype() -> None:
+    model = Model()
+    original = sgd(model, reduce_dtype=torch.bfloat16)
+    for opt in (deepcopy(original), pickle.loads(pickle.dumps(original))):
+        held = [param for group in opt.param_groups for param in group["params"]]
+        losses = vectors_as_losses(held[0], torch.rand(1, 8, 5, dtype=torch.float64))
+        opt.step(losses=losses)
+        assert held[0].grad.equal(held[0].grad.bfloat16().double())
+
+
+def test_copies_keep_the_dtype(two: Processes) -> None:
+    two(check_copies_keep_the_dtype)
+
+
 def check_unlike(case: str, message: str) -> None:
     rank = dist.get_rank()
     model: Any = Model()
@@ -372,6 +507,8 @@ def check_unlike(case: str, message: str) -> None:
         model.audio_head.weight.requires_grad_(False)
     if case == "gamma":
         options = {"gamma": 1.5 + rank}
+    if case == "reduce_dtype" and rank:
+        options = {"reduce_dtype": torch.bfloat16}
     if case == "modality" and rank:
         options = {"param_groups_by_modality": {"audio": model.audio}}
     (batch,) = batches(1)
@@ -389,6 +526,7 @@ def check_unlike(case: str, message: str) -> None:
     [
         ("model", "trainable parameters"),
         ("gamma", "gamma"),
+        ("reduce_dtype", "reduce_dtype"),
         ("modality", "param_groups_by_modality"),
         ("features", "features"),
     ],
@@ -536,18 +674,25 @@ def check_collectives() -> None:
     with pytest.MonkeyPatch.context() as patch:
         sizes = counted(patch)
         opt.step(losses=model.losses(parts[0]))
-        assert sizes == [2, everything]
+        if averaged.WORTH_OVERLAPPING > 0:
+            assert sizes == [2, everything]
+        else:  # compared before the first loss and after each, whose average follows
+            of_modality = [sum(p.numel() for p in part.parameters()) for part in model.children()]
+            audio, visual, audio_head, visual_head, mm_head = of_modality
+            rows = [visual + visual_head, audio + audio_head, audio + visual + mm_head]
+            assert sizes == [2, 2, rows[0], 2, rows[1], 2, rows[2]]
+        on_the_host = sizes.count(2) * 2
         sizes.clear()
         patch.setattr(averaged, "BUCKET", 50)
         opt.step(losses=model.losses(parts[1]))
-        assert len(sizes) > 5
-        assert sum(sizes) == 2 + everything
+        assert len(sizes) - sizes.count(2) > 5
+        assert sum(sizes) == on_the_host + everything
         sizes.clear()
         alone(model).step(losses=model.losses(parts[0]))
         assert sizes == []
 
 
-def test_one_collective_a_bucket_and_a_few_bytes_on_the_host(two: Processes) -> None:
+def test_few_collectives_and_a_few_bytes_on_the_host(two: Processes) -> None:
     two(check_collectives)
 
 

@@ -250,6 +250,18 @@ def test_a_process_group_without_processes() -> None:
         MMParetoOptimizer(base, process_group=object(), average_gradients=False)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"], ids=str)
+def test_a_reduce_dtype_that_is_none(dtype: Any) -> None:
+    with pytest.raises(ValueError, match=r"reduce_dtype must be a floating-point dtype.*bfloat16"):
+        MMParetoOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1), reduce_dtype=dtype)
+
+
+def test_a_reduce_dtype_where_nothing_is_averaged() -> None:
+    base = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 is how.*leave one of them out"):
+        MMParetoOptimizer(base, average_gradients=False, reduce_dtype=torch.bfloat16)
+
+
 def test_other_errors_of_autograd_come_through() -> None:
     param = nn.Parameter(torch.ones(2))
     loss = param.exp()

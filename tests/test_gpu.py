@@ -143,7 +143,7 @@ def test_averaging_does_not_wait_for_the_device(
     by_features: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process goes through the collectives of several: that is all one device can show."""
-    processes = Averaged(torch.distributed.group.WORLD)
+    processes = Averaged(torch.distributed.group.WORLD, None)
     model = LateFusion().cuda()
     spec, image, label = (tensor.cuda() for tensor in audio_visual_batch())
     ends = []

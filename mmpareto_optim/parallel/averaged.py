@@ -31,10 +31,12 @@ class Averaged(Alone):
 
     Args:
         group: a process group that this process belongs to.
+        reduce_dtype: in what dtype real gradients are averaged, or None for their own.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, reduce_dtype: torch.dtype | None) -> None:
         self.group = group
+        self._reduce_dtype = reduce_dtype
         self.parts = self.size = dist.get_world_size(group)
         self._plans = Plans(group)
 
@@ -158,10 +160,14 @@ class Averaged(Alone):
                 row[position] = None  # its memory is free while the next bucket is filled
             shapes = [piece.shape for piece in pieces if piece is not None]
             del pieces
+            sent = flat
+            if self._reduce_dtype is not None and not flat.is_complex():
+                sent = flat.to(self._reduce_dtype)
             # Divided before and not after, where the sum of half-precision numbers overflows.
-            flat /= self.size
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
-            begun.append(_Bucket(work, flat, places, shapes))
+            sent /= self.size
+            work = dist.all_reduce(sent, group=self.group, async_op=True)
+            begun.append(_Bucket(work, sent, flat.dtype, places, shapes))
+            del flat
         return begun
 
 
@@ -198,22 +204,24 @@ class _Bucket(NamedTuple):
 
     Attributes:
         work: what is waited for.
-        flat: all of them.
+        sent: all of them.
+        dtype: theirs.
         places: rows and positions that they go back to.
         shapes: theirs.
     """
 
     work: Any
-    flat: Tensor
+    sent: Tensor
+    dtype: torch.dtype
     places: list[tuple[Gradient, int]]
     shapes: list[torch.Size]
 
 
 def finish(begun: Sequence[_Bucket]) -> None:
     """Wait until gradients are averaged, and put them where they were."""
-    for work, flat, places, shapes in begun:
+    for work, sent, dtype, places, shapes in begun:
         work.wait()
-        means = flat.split([shape.numel() for shape in shapes])
+        means = sent.to(dtype).split([shape.numel() for shape in shapes])
         for (row, position), mean, shape in zip(places, means, shapes, strict=True):
             row[position] = mean.view(shape)
 

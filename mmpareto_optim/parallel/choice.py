@@ -12,8 +12,19 @@ from mmpareto_optim.ground import same_objects
 from mmpareto_optim.parallel.alone import Alone
 
 
-def check_member(group: Any, average_gradients: bool) -> None:
+def check_averaging(group: Any, average_gradients: bool, reduce_dtype: torch.dtype | None) -> None:
     """Raise unless ``group`` is None, or a process group of this process to average over."""
+    if reduce_dtype is not None:
+        if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:
+            raise ValueError(
+                "reduce_dtype must be a floating-point dtype, as torch.bfloat16, or None for that "
+                f"of each gradient, got {reduce_dtype!r}"
+            )
+        if not average_gradients:
+            raise ValueError(
+                f"reduce_dtype={reduce_dtype} is how gradients are averaged over processes, and "
+                "average_gradients is False: leave one of them out"
+            )
     if group is None:
         return
     if not average_gradients:
@@ -37,11 +48,15 @@ class Choice:
     Args:
         process_group: the processes to average over; None for all.
         average_gradients: False where each process trains a model of its own.
+        reduce_dtype: in what dtype gradients are averaged, or None for their own.
     """
 
-    def __init__(self, process_group: Any, average_gradients: bool) -> None:
+    def __init__(
+        self, process_group: Any, average_gradients: bool, reduce_dtype: torch.dtype | None
+    ) -> None:
         self.process_group = process_group
         self.average_gradients = average_gradients
+        self.reduce_dtype = reduce_dtype
         self._alone = Alone()
         self._averaged: Any = None
         self._sharded: tuple[Sequence[Tensor], Alone, Alone] | None = None
@@ -86,5 +101,5 @@ class Choice:
             return self._alone
         group = self.process_group or torch.distributed.group.WORLD
         if self._averaged is None or self._averaged.group is not group:
-            self._averaged = Averaged(group)
+            self._averaged = Averaged(group, self.reduce_dtype)
         return self._averaged if self._averaged.size > 1 else self._alone
