@@ -4,6 +4,10 @@
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         benchmarks/ranks.py --network "two machines, 1 Gbit/s"
 
+The published tables are of two network namespaces on one machine, joined by a veth pair (iproute2),
+each with a process on a core of its own; ``tc qdisc add dev ... root tbf rate 1gbit burst 512kb
+latency 100ms`` on both ends is the limit.
+
 Ratios are to a floor that differentiates each loss and, while the next one is differentiated, adds
 up its gradient over the ranks, in one collective; gradients are merely added. Steps are
 interleaved in an order drawn at random for each round; ratios are medians of those within a round,
@@ -178,10 +182,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         machine = f"{dist.get_world_size()} ranks of one {platform.machine()} core, gloo"
         head = (
-            "# Time of one step on several processes\n\n"
-            f"{machine}, {options.network}, PyTorch {torch.__version__}, commit "
-            f"{commit_here()}. Written by\n`benchmarks/ranks.py`; its docstring says how ratios "
-            "are made.\n"
+            f"# Time of one step on several processes, {options.network}\n\n"
+            f"{machine}, PyTorch {torch.__version__}, commit {commit_here()}. Written by\n"
+            "`benchmarks/ranks.py`; its docstring says how ratios are made.\n"
         )
         tables = (table(case, seconds) for case, seconds in results.items())
         options.output.write_text("\n".join([head, *tables]))

@@ -18,6 +18,8 @@ SHOWN = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/FEATURE_SPACE.md": "evidence_feature_space.md",
     "benchmarks/MANY_LOSSES.md": "evidence_many_losses.md",
+    "benchmarks/RANKS_1GBIT.md": "evidence_ranks_1gbit.md",
+    "benchmarks/RANKS_UNLIMITED.md": "evidence_ranks_unlimited.md",
     "benchmarks/RESULTS.md": "evidence_step_time.md",
     "benchmarks/RULES.md": "evidence_rules.md",
 }

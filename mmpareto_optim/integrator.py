@@ -265,14 +265,14 @@ class GradientIntegrator:
 
     def _add(self, call: "_Call", found: Gradients, foreign: Gradient) -> None:
         """Write the sum; what is not measured adds up in ``.grad`` itself, as in plain PyTorch."""
-        params, processes, common, *_, keep = call
-        window = Window(params, processes.averaged(found, params, common), foreign)
+        params, processes = call.params, call.processes
+        window = Window(params, processes.averaged(found, params, call.common), foreign)
         self._window = None
         grams = processes.grams
         added = Integrated((), params, window.found, self._method(), processes, grams, keep=False)
         window.write(added.gradients(), None)
         self.stats = {}
-        self._window = window if keep else None
+        self._window = window if call.keep else None
 
     def _integrate_twice(
         self,
