@@ -380,6 +380,20 @@ def test_an_error_on_one_rank_is_one_on_all(two: Processes, features: bool) -> N
     two(check_an_error_on_one_rank, features)
 
 
+def check_low_memory_on_one_rank() -> None:
+    model = Model()
+    here = dist.get_rank() == 1
+    opt = sgd(model, memory="low" if here else "normal")
+    error, message = (ValueError, "") if here else (RuntimeError, "failed on rank 1.*")
+    with pytest.raises(error, match=message + "is for one process"):
+        opt.step(losses=model.losses(share(batches(1)[0])))
+    assert all(gradient is None for gradient in grads(model))
+
+
+def test_low_memory_on_one_rank(two: Processes) -> None:
+    two(check_low_memory_on_one_rank)
+
+
 def check_an_error_between_averages(accumulated: bool) -> None:
     """On one rank a backward fails, when averages of other losses may be on their way."""
     model = Model()
