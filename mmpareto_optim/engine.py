@@ -100,7 +100,12 @@ class Engine:
             underway = call.processes.agree(call.losses, call.params, call.common)
             if call.turn.noise or not call.turn.measured:  # needed as they are, or one for all
                 underway = None
-            return Differentiated(self._exact(call, underway), underway, Seen(), foreign)
+            try:
+                return Differentiated(self._exact(call, underway), underway, Seen(), foreign)
+            except BaseException:
+                if underway is not None:
+                    underway.abandoned()
+                raise
 
     @torch.no_grad()
     def integrate(self, call: Call, differentiated: Differentiated) -> None:

@@ -62,7 +62,7 @@ class GradientIntegrator:
         ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
             parameter in two modalities, or one that ``params`` does not hold; a
             ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
-            ``average_gradients=False``; a ``reduce_dtype`` that is not a floating-point one.
+            ``average_gradients=False``; an unknown ``reduce_dtype``.
     """
 
     def __init__(

@@ -70,10 +70,11 @@ class MMParetoOptimizer(Optimizer):
             Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
             and not averaged over the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
-        reduce_dtype: in what dtype real gradients are averaged over processes, their own if None.
-            ``torch.bfloat16`` halves what goes over the network and rounds each gradient twice
-            and more, to 8 bits; ``torch.float32`` averages gradients in half precision exactly.
-            Gradients that FSDP2 reduces have its ``MixedPrecisionPolicy``.
+        reduce_dtype: in what dtype real gradients are averaged over processes: their own if None,
+            or ``torch.bfloat16``, ``float16``, ``float32`` or ``float64``. The first halves what
+            goes over the network, and rounds each gradient to 8 bits before and after the sum; the
+            third adds up gradients in half precision without that. Gradients that FSDP2 reduces
+            follow its ``MixedPrecisionPolicy``.
         measure_every: with ``integration="uniform"``, the plain sum, differentiate the losses one
             by one in every so many steps only, for ``stats``; the first is one of them. In those
             between, the losses take one backward pass together, as in plain training, and
@@ -102,7 +103,7 @@ class MMParetoOptimizer(Optimizer):
             ``measure_every`` beside another rule than the plain sum; a
             parameter in two modalities, or one that the base does not hold; a
             ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
-            ``average_gradients=False``; a ``reduce_dtype`` that is not a floating-point one.
+            ``average_gradients=False``; another ``reduce_dtype`` than these.
     """
 
     def __init__(

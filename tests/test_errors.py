@@ -250,9 +250,11 @@ def test_a_process_group_without_processes() -> None:
         MMParetoOptimizer(base, process_group=object(), average_gradients=False)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "bfloat16"], ids=str
+)
 def test_a_reduce_dtype_that_is_none(dtype: Any) -> None:
-    with pytest.raises(ValueError, match=r"reduce_dtype must be a floating-point dtype.*bfloat16"):
+    with pytest.raises(ValueError, match=r"reduce_dtype must be one of torch.bfloat16.*None"):
         MMParetoOptimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1), reduce_dtype=dtype)
 
 

@@ -1,5 +1,6 @@
 """What only a GPU can show. The same code runs on the CPU in the other tests."""
 
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim.parallel import averaged
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parallel.averaged import Averaged
 from mmpareto_optim.parallel.choice import Choice
@@ -139,11 +141,18 @@ def nccl(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("nccl")
 @pytest.mark.parametrize("by_features", [False, True])
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float64])
 def test_averaging_does_not_wait_for_the_device(
-    by_features: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    by_features: bool,
+    one_by_one: bool,
+    reduce_dtype: torch.dtype | None,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One process goes through the collectives of several: that is all one device can show."""
-    processes = Averaged(torch.distributed.group.WORLD, None)
+    monkeypatch.setattr(averaged, "WORTH_OVERLAPPING", 0 if one_by_one else math.inf)
+    processes = Averaged(torch.distributed.group.WORLD, reduce_dtype)
     model = LateFusion().cuda()
     spec, image, label = (tensor.cuda() for tensor in audio_visual_batch())
     ends = []
@@ -161,6 +170,27 @@ def test_averaging_does_not_wait_for_the_device(
         ends.append(list(twin.parameters()))
     torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.usefixtures("nccl")
+def test_an_error_while_averages_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they write to is not handed out again before they are done."""
+    monkeypatch.setattr(averaged, "WORTH_OVERLAPPING", 0)
+    processes = Averaged(torch.distributed.group.WORLD, None)
+    monkeypatch.setattr(Choice, "of", lambda *_: processes)
+    param = torch.nn.Parameter(torch.zeros(2**22, device="cuda"))
+    opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
+    for _ in range(5):
+        failing = param.sum() * 1.0
+        failing.register_hook(lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            opt.step(losses={"mm": failing, "audio": param.square().sum(), "visual": param.sum()})
+        assert param.grad is None
+        ones = [torch.ones_like(param) for _ in range(4)]
+        assert all(bool((one == 1).all()) for one in ones)
+    opt.step(losses={"mm": param.sum()})
+    assert param.grad is not None
+    assert bool((param.grad == 1).all())
 
 
 @pytest.mark.usefixtures("nccl")

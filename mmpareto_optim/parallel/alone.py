@@ -21,6 +21,9 @@ class Underway(Protocol):
     def finished(self) -> Gradients:
         """Those of all losses, averaged."""
 
+    def abandoned(self) -> None:
+        """What was begun is not needed, as another loss could not be differentiated."""
+
 
 class Alone:
     """A process that trains a model of its own."""

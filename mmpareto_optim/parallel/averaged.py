@@ -198,6 +198,13 @@ class OneByOne:
         finish(self._begun)
         return Gradients(self._rows, [None] * len(self._params))
 
+    def abandoned(self) -> None:
+        """Let nothing be written, on a device, to memory that is about to be somebody else's."""
+        while self._begun:
+            bucket = self._begun.pop(0)
+            if bucket.sent.device.type != "cpu":  # there it is the work that holds the memory
+                bucket.work.wait()
+
 
 class _Bucket(NamedTuple):
     """Gradients that are being averaged.
@@ -217,11 +224,13 @@ class _Bucket(NamedTuple):
     shapes: list[torch.Size]
 
 
-def finish(begun: Sequence[_Bucket]) -> None:
-    """Wait until gradients are averaged, and put them where they were."""
-    for work, sent, dtype, places, shapes in begun:
+def finish(begun: list[_Bucket]) -> None:
+    """Wait until gradients are averaged, and put them where they were; empties the list."""
+    while begun:
+        work, sent, dtype, places, shapes = begun.pop(0)
         work.wait()
         means = sent.to(dtype).split([shape.numel() for shape in shapes])
+        del sent
         for (row, position), mean, shape in zip(places, means, shapes, strict=True):
             row[position] = mean.view(shape)
 

@@ -11,14 +11,16 @@ from torch import Tensor
 from mmpareto_optim.ground import same_objects
 from mmpareto_optim.parallel.alone import Alone
 
+REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def check_averaging(group: Any, average_gradients: bool, reduce_dtype: torch.dtype | None) -> None:
     """Raise unless ``group`` is None, or a process group of this process to average over."""
     if reduce_dtype is not None:
-        if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:
+        if reduce_dtype not in REDUCE_DTYPES:
             raise ValueError(
-                "reduce_dtype must be a floating-point dtype, as torch.bfloat16, or None for that "
-                f"of each gradient, got {reduce_dtype!r}"
+                f"reduce_dtype must be one of {', '.join(map(str, REDUCE_DTYPES))}, or None for "
+                f"that of each gradient, got {reduce_dtype!r}"
             )
         if not average_gradients:
             raise ValueError(
