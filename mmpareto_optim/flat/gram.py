@@ -12,8 +12,6 @@ from mmpareto_optim.rules.gram import solver_dtype
 
 QUICK_CHUNK = 2**17
 """Elements that are added up in float32: fewer calls the more, and the larger the error."""
-LONG = 2**13
-"""Elements from which more than two rows are multiplied in a core's cache."""
 
 Flats = Callable[[], Iterable[Sequence[Tensor]]]
 """The rows of a block, a bucket at a time."""
@@ -22,9 +20,7 @@ Flats = Callable[[], Iterable[Sequence[Tensor]]]
 def gram_of(rows: Sequence[Tensor]) -> Tensor:
     """Inner products of some rows on one device, in float64."""
     exact = solver_dtype(rows[0])
-    if len(rows) > 2 and rows[0].device.type == "cpu" and rows[0].numel() > LONG:
-        return products_by_strips(rows, exact)
-    chunk = 2 * bucket_size(rows[0].device) // max(len(rows), 2)
+    chunk = _chunk(rows[0].device, len(rows))
     if rows[0].numel() <= chunk:
         return _inner_products(rows, exact)
     parts = [
@@ -32,6 +28,13 @@ def gram_of(rows: Sequence[Tensor]) -> Tensor:
         for pieces in zip(*(row.split(chunk) for row in rows), strict=True)
     ]
     return torch.stack(parts).sum(0)
+
+
+def _chunk(device: torch.device, rows: int) -> int:
+    """Elements of a row that are multiplied at a time: on the CPU, in a core's cache."""
+    if device.type == "cpu":
+        return max(2**16 // rows, 2**12)
+    return 2 * bucket_size(device) // max(rows, 2)
 
 
 def may_be_quick(buckets: Sequence[Bucket], rows: int) -> bool:
@@ -53,12 +56,12 @@ def _of_many(flats: Flats, number: int) -> Tensor | None:
     """As :func:`quick_gram`; single pairs that leave a doubt are multiplied once more."""
     if not _multiplies_in_float32(number):
         return None
-    gram = sum_of(products_by_strips(rows, torch.float32) for rows in flats())
+    gram = sum_of(products_by_strips(rows) for rows in flats())
     pairs = doubtful_pairs(gram)
     if pairs is None or len(pairs) > len(gram) // 2:
         return None
     for i, j in pairs:
-        two = sum_of(products_by_strips([rows[i], rows[j]], torch.float64) for rows in flats())
+        two = sum_of(gram_of([rows[i], rows[j]]) for rows in flats())
         gram[i, j] = gram[j, i] = two[0, 1]
     return gram if leads_the_same_way(gram) else None
 
@@ -74,8 +77,8 @@ def sum_of(matrices: Iterable[Tensor]) -> Tensor:
 def _multiplies_in_float32(rows: int) -> bool:
     """Whether nobody allowed matmuls of fewer bits: tried out, as there are many settings."""
     one = 1 + 2**-11  # 1 in TF32 and bfloat16
-    row = torch.full((LONG,), one, dtype=torch.float32, device="cpu")
-    return bool((products_by_strips([row] * rows, torch.float32) > LONG * one).all())
+    row = torch.full((2**13,), one, dtype=torch.float32, device="cpu")
+    return bool((products_by_strips([row] * rows) > len(row) * one).all())
 
 
 def doubtful_pairs(gram: Tensor) -> list[tuple[int, int]] | None:

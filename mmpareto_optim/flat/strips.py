@@ -1,4 +1,4 @@
-"""Products and sums of long rows on the CPU, a strip at a time that stays in a core's cache."""
+"""Float32 products of long rows on the CPU, a strip at a time that stays in a core's cache."""
 
 from collections.abc import Sequence
 
@@ -22,8 +22,8 @@ def error_of_float32() -> float:
     return (SUMMED + STRIP // SUMMED // 3 + 2) * 2.0**-24
 
 
-def products_by_strips(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Inner products of some rows, multiplied in ``dtype`` and added up in float64.
+def products_by_strips(rows: Sequence[Tensor]) -> Tensor:
+    """Inner products of some rows, multiplied in float32 and added up in float64.
 
     Each row is read once, from wherever it lies.
 
@@ -32,7 +32,7 @@ def products_by_strips(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """
     number, size = len(rows), rows[0].numel()
     length = SUMMED * min(STRIP // (SUMMED * number) + 1, size // SUMMED + 1)
-    strip = torch.empty(number, length, dtype=dtype, device="cpu")
+    strip = torch.empty(number, length, dtype=torch.float32, device="cpu")
     parts = strip.view(number, -1, SUMMED).transpose(0, 1).split(TILE, dim=1)
     pairs = [(i, j) for i in range(len(parts)) for j in range(i, len(parts))]
     tiles = [(parts[i], parts[j].mT) for i, j in pairs]
