@@ -4,6 +4,8 @@
     python benchmarks/many_losses.py --rounds 5 --cases "wide mlp, 20 losses"
 
 The *floor* is one backward pass a loss whose gradients are merely added, and the base's step.
+"backwards, read twice" has those passes, keeps the gradients, reads each of them twice (a sum of
+its numbers), and adds nothing: coefficients need inner products, so no exact method reads less.
 Methods are interleaved, in an order drawn at random for each round; ratios are medians of the
 ratios within a round, with the interval of that median by order statistics. TorchJD takes its
 MGDA on the losses one at a time, and on all of them in one pass under ``torch.vmap`` ("batched").
@@ -151,6 +153,32 @@ def floor(task: Task) -> Step:
     return backward_floor(base_of(task.model), lambda: task.losses_of(task.model))
 
 
+def read_twice(task: Task) -> Step:
+    """The floor, and each gradient read twice: for inner products, and with coefficients."""
+    optimizer = base_of(task.model)
+    params = list(task.model.parameters())
+
+    def step() -> None:
+        losses = task.losses_of(task.model)
+        optimizer.zero_grad()
+        last = losses[-1]
+        found = [
+            torch.autograd.grad(each, params, retain_graph=each is not last, allow_unused=True)
+            for each in losses
+        ]
+        for gradient in [*found, *found]:
+            for piece in gradient:
+                if piece is not None:
+                    piece.sum()
+        for row in found:
+            for param, piece in zip(params, row, strict=True):
+                if piece is not None and param.grad is None:
+                    param.grad = piece
+        optimizer.step()
+
+    return step
+
+
 def torchjd(task: Task, at_once: int | None) -> Step:
     from torchjd.aggregation import MGDA
     from torchjd.autojac import backward, jac_to_grad
@@ -181,6 +209,7 @@ def ours(task: Task, memory: Literal["normal", "low"] = "normal") -> Step:
 METHODS: dict[str, Callable[[Task], Step]] = {
     "plain training": plain,
     "m-backward floor": floor,
+    "backwards, read twice": read_twice,
     "TorchJD, one at a time": lambda task: torchjd(task, 1),
     "TorchJD, batched": lambda task: torchjd(task, None),
     "ours": ours,
