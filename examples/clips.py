@@ -9,11 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+try:
+    import av
+except ImportError as error:
+    raise ImportError(
+        "clips are decoded by PyAV, which the extra 'video' brings: pip install '.[video]'"
+    ) from error
 
 CREMAD_EMOTIONS = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
 FRAMES = 2  # of a video: the middle frame of each half

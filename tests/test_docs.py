@@ -250,10 +250,11 @@ def test_a_snippet_of_the_readme(number: int, capsys: pytest.CaptureFixture[str]
 
 def test_the_readmes_first_lines_train(steps: list[type]) -> None:
     namespace = readme_names()
+    del namespace["opt"]
     before = [param.detach().clone() for param in namespace["model"].parameters()]
     run(code_of(ROOT / "README.md")[0], ROOT / "README.md", namespace)
     assert len(steps) == len(namespace["loader"])
-    assert isinstance(namespace["optimizer"], namespace["MMParetoOptimizer"])
+    assert isinstance(namespace["opt"], namespace["MMParetoOptimizer"])
     after = namespace["model"].parameters()
     assert not any(a.equal(b) for a, b in zip(before, after, strict=True))
 

@@ -1,5 +1,7 @@
 """The CREMA-D example from wav and flv files made here to what a resumed training gives."""
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,10 @@ def test_crops_are_parts_of_the_frame() -> None:
     assert slopes.abs().max() > 0.8
     again = cremad.crop_and_flip(ramp, torch.Generator().manual_seed(0)).flatten(0, 1)
     assert torch.equal(again, cropped)
+
+
+def test_without_pyav_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "clips")
+    with pytest.raises(ImportError, match=r"extra 'video'.*pip install '.\[video\]'"):
+        importlib.import_module("clips")
