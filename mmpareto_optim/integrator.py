@@ -160,9 +160,9 @@ class GradientIntegrator:
             method = self._method()
             turn = self._measuring.turn(self._engine.window, self.integration, self.gamma)
             modalities = self._checked_modalities(by_hand)
-            processes.check_method(method.by_tensor, features is not None)
             if self._memory == "low":
                 check_twice(method, processes, features is not None, self._engine.window)
+            processes.check_method(method.by_tensor, features is not None)
             if features is not None:
                 check_features(features)
             common = (

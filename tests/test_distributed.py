@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
 from mmpareto_optim.parallel import averaged
+from mmpareto_optim.parallel.choice import Choice
 from tests.models import LateFusion, Losses, audio_visual_batch, vectors_as_losses
 from tests.processes import Processes
 
@@ -425,6 +426,35 @@ def test_an_error_between_averages(two: Processes, accumulated: bool) -> None:
     two(check_an_error_between_averages, accumulated)
 
 
+def check_out_of_memory() -> None:
+    """No rank's gradients meet another step's of the others."""
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    param = nn.Parameter(torch.zeros(4))
+    opt = MMParetoOptimizer(torch.optim.SGD([param], lr=1.0), process_group=group)
+    ranks = averaged.Averaged(group, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Choice, "of", lambda *_: ranks)
+
+        def failing(*_: Any, **__: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory left")
+
+        patch.setattr(torch, "cat", failing)
+        with pytest.raises(RuntimeError, match=r"out of step.*end all processes.*no memory left"):
+            opt.step(losses={"one": param.sum()})
+        assert param.grad is None
+        patch.undo()
+        patch.setattr(Choice, "of", lambda *_: ranks)
+        with pytest.raises(RuntimeError, match=r"out of step.*end all processes.*no memory left"):
+            opt.step(losses={"one": param.sum()})
+    assert param.grad is None
+    assert param.equal(torch.zeros(4))
+
+
+def test_out_of_memory_while_averaging(two: Processes) -> None:
+    """In a group of its own for each rank: what the others then wait for is their timeout."""
+    two(check_out_of_memory)
+
+
 def check_order() -> None:
     large = averaged.WORTH_OVERLAPPING == 0
     model = Model()
@@ -481,6 +511,35 @@ def check_reduce_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_dtype_of_averages(two: Processes, dtype: torch.dtype) -> None:
     two(check_reduce_dtype, dtype)
+
+
+def check_opposed_after_rounding(dtype: torch.dtype) -> None:
+    """What bfloat16 leaves of opposite gradients is no direction to be stretched."""
+    param = nn.Parameter(torch.zeros(1000))
+    row = torch.randn(1000)
+    integrator = GradientIntegrator([param], reduce_dtype=dtype)
+    integrator.backward({"a": (param * row).sum(), "b": (param * (-0.7 * row)).sum()})
+    assert param.grad is not None
+    assert float(param.grad.norm()) <= 0.01 * float(row.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_opposed_after_rounding(two: Processes, dtype: torch.dtype) -> None:
+    two(check_opposed_after_rounding, dtype)
+
+
+def check_a_mean_that_fits() -> None:
+    """80,001 on one rank and 1 on the other: the mean is a float16 number, the first is none."""
+    param = nn.Parameter(torch.zeros(2))
+    integrator = GradientIntegrator([param], reduce_dtype=torch.float16)
+    own = 80_000.0 if dist.get_rank() == 0 else 0.0
+    integrator.backward({"one": (param * own).sum() + param.sum()})
+    assert param.grad is not None
+    torch.testing.assert_close(param.grad, torch.full((2,), 40_001.0), rtol=1e-3, atol=0)
+
+
+def test_a_mean_that_fits_where_a_gradient_does_not(two: Processes) -> None:
+    two(check_a_mean_that_fits)
 
 
 def check_half_precision_averaged_exactly() -> None:

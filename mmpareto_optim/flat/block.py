@@ -22,12 +22,19 @@ class FlatBlock:
             bucket by bucket as they are combined, so that their memory serves the result: what
             nobody else holds is written, or is the result.
         keep: whether somebody else holds on to what is in ``rows``.
+        rounded: unit roundoff of what the rows have been rounded to before; 0 if they have not.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
+        self,
+        params: Sequence[Tensor],
+        rows: Sequence[Gradient],
+        *,
+        keep: bool = False,
+        rounded: float = 0.0,
     ) -> None:
         self._rows = rows
+        self._rounded = rounded
         self._keep = keep
         self._buckets = buckets_of(params)
         # Flattened once for the Gram matrix and the combination, unless that takes memory.
@@ -41,9 +48,13 @@ class FlatBlock:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Machine epsilon of the combination, and unit roundoff of what is written if not exact."""
+        """Machine epsilon of the combination, and unit roundoff of what is written if not exact.
+
+        What was rounded before counts as if it were still to be: either way that much is noise.
+        """
+        eps = torch.finfo(self.dtype).eps
         written = max(bucket.written_error for bucket in self._buckets)
-        return torch.finfo(self.dtype).eps, written
+        return eps, max(written, self._rounded if self._rounded > eps else 0.0)
 
     def gram(self, *, quick: bool = True) -> Tensor:
         """Inner products of the rows, shape ``(rows, rows)``, on the first bucket's device.

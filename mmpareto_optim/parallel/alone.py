@@ -34,6 +34,9 @@ class Alone:
     parts = 1
     """Of how many parts, one a process, the gradients of one backward are the mean."""
 
+    rounded = 0.0
+    """Unit roundoff of the dtype that averages are made in, if it is not the gradients' own."""
+
     leaves_not_among = staticmethod(leaves_not_among)
     """The leaves behind some losses that are not among the parameters."""
 
@@ -94,7 +97,7 @@ class Alone:
         self, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
     ) -> Any:
         """The rows of a block: a :class:`FlatBlock`, or what has its methods."""
-        return FlatBlock(params, rows, keep=keep)
+        return FlatBlock(params, rows, keep=keep, rounded=self.rounded)
 
     def grams(self, flats: Sequence[Any]) -> list[Tensor]:
         """Gram matrices of blocks of parameters."""

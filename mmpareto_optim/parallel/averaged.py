@@ -37,6 +37,8 @@ class Averaged(Alone):
     def __init__(self, group: Any, reduce_dtype: torch.dtype | None) -> None:
         self.group = group
         self._reduce_dtype = reduce_dtype
+        if reduce_dtype is not None:
+            self.rounded = torch.finfo(reduce_dtype).eps / 2
         self.parts = self.size = dist.get_world_size(group)
         self._plans = Plans(group)
 
@@ -154,21 +156,27 @@ class Averaged(Alone):
         """
         begun = []
         for places in _buckets(rows, positions):
-            pieces = [row[position] for row, position in places]
-            flat = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
-            for row, position in places:
-                row[position] = None  # its memory is free while the next bucket is filled
-            shapes = [piece.shape for piece in pieces if piece is not None]
-            del pieces
-            sent = flat
-            if self._reduce_dtype is not None and not flat.is_complex():
-                sent = flat.to(self._reduce_dtype)
-            # Divided before and not after, where the sum of half-precision numbers overflows.
-            sent /= self.size
-            work = dist.all_reduce(sent, group=self.group, async_op=True)
-            begun.append(_Bucket(work, sent, flat.dtype, places, shapes))
-            del flat
+            with self._plans.out_of_step():
+                begun.append(self._begun(places))
         return begun
+
+    def _begun(self, places: list[tuple[Gradient, int]]) -> _Bucket:
+        pieces = [row[position] for row, position in places]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces if piece is not None])
+        for row, position in places:
+            row[position] = None  # its memory is free while the next bucket is filled
+        shapes = [piece.shape for piece in pieces if piece is not None]
+        del pieces
+        dtype, sent_as = flat.dtype, self._reduce_dtype
+        if sent_as is None or dtype.is_complex:
+            sent_as = dtype
+        # Divided before and not after, where the sum of half-precision numbers overflows; and in
+        # the wider of both dtypes.
+        flat = flat.to(torch.promote_types(dtype, sent_as))
+        flat /= self.size
+        sent = flat.to(sent_as)
+        work = dist.all_reduce(sent, group=self.group, async_op=True)
+        return _Bucket(work, sent, dtype, places, shapes)
 
 
 class OneByOne:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Plans:
     def __init__(self, group: Any) -> None:
         self._group = group
         self._host = group_on_the_host(group)
+        self._failure: str | None = None
 
     def compared(self, plan: Plan) -> list[Plan]:
         """The plans of all ranks; just the own one where all are alike.
@@ -47,8 +49,27 @@ class Plans:
         _check_alike(plans, [dist.get_global_rank(self._group, i) for i in range(len(plans))])
         return plans
 
+    @contextmanager
+    def out_of_step(self) -> Iterator[None]:
+        """What fails in here has been agreed on: the others go on, and this rank must not.
+
+        Raises:
+            DisagreementError: on this rank, now and whenever plans are to be compared again.
+        """
+        try:
+            yield
+        except Exception as error:
+            self._failure = (
+                f"rank {dist.get_rank()} failed while gradients were averaged, and is out of step "
+                f"with the others: end all processes, and go on from a checkpoint. "
+                f"{type(error).__name__}: {error}"
+            )
+            raise DisagreementError(self._failure) from error
+
     def exchanged(self, plan: Plan) -> list[Plan]:
         """As :meth:`compared`, of which nothing is checked."""
+        if self._failure is not None:
+            raise DisagreementError(self._failure)
         digest = _digest(plan)
         extremes = torch.tensor([digest, -digest], dtype=torch.int64, device="cpu")
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._host)

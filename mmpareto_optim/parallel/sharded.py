@@ -134,7 +134,8 @@ class Sharded(Alone):
         self, params: Sequence[Tensor], rows: Sequence[Gradient], *, keep: bool = False
     ) -> ShardedBlock:
         """The local parts of a block's gradients."""
-        return ShardedBlock(params, rows, [self._share[param] for param in params], keep=keep)
+        shares = [self._share[param] for param in params]
+        return ShardedBlock(params, rows, shares, keep=keep, rounded=self._beside.rounded)
 
     def grams(self, flats: Sequence[Any]) -> list[Tensor]:
         """Gram matrices of whole gradients, from those of their local parts."""
@@ -173,6 +174,7 @@ class ShardedBlock:
         rows: the local parts of the gradients; emptied.
         shares: for each parameter the part that an inner product of its local gradients counts.
         keep: as in :class:`FlatBlock`.
+        rounded: as in :class:`FlatBlock`.
     """
 
     def __init__(
@@ -182,6 +184,7 @@ class ShardedBlock:
         shares: Sequence[float],
         *,
         keep: bool,
+        rounded: float,
     ) -> None:
         self._params = params
         self._parts: list[tuple[float, list[int], FlatBlock]] = []
@@ -189,7 +192,9 @@ class ShardedBlock:
             positions = [index for index, other in enumerate(shares) if other == share]
             members = [local_part(params[position]) for position in positions]
             taken = [[row[position] for position in positions] for row in rows]
-            self._parts.append((share, positions, FlatBlock(members, taken, keep=keep)))
+            self._parts.append(
+                (share, positions, FlatBlock(members, taken, keep=keep, rounded=rounded))
+            )
         for row in rows:
             row[:] = [None] * len(row)
 
