@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +34,7 @@ from claim_runs import (
 )
 from evidence import Row, compared, page, spread
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from step_time import commit_here
 from workers import work_off
 
 import mmpareto_optim
@@ -232,11 +232,10 @@ def write_page(options: argparse.Namespace) -> None:
     ablations = list(ablation_rows(options))
     rates = {task: rates_of(options, task) for task in options.tasks}
     rates = {task: found for task, found in rates.items() if found}
-    git = ["git", "-C", str(FOLDER), "describe", "--always", "--dirty"]
     document = {
         "mmpareto-optim": mmpareto_optim.__version__,
         "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "commit": commit_here(otherwise=""),
         "seeds": {task: list(seeds(options, task)) for task in rates},
         "epochs": {task: options.epochs or TASKS[task].epochs for task in rates},
         "learning_rates": rates,

@@ -39,8 +39,8 @@ from rich.progress import track
 from step_time import (
     commit_here,
     line_of,
-    median_interval,
     megabytes,
+    ratio,
     resident_high_water,
 )
 from torch import Tensor, nn
@@ -275,10 +275,9 @@ def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -
     rivals = [seconds[name] for name in RIVALS if name in seconds]
     fastest = min(rivals, key=np.median) if rivals else None
     for method, times in seconds.items():
-        x_floor = np.divide(times, seconds[FLOOR])
         x_rival = f"{np.median(np.divide(times, fastest)):.2f}" if fastest else ""
-        over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
-        lines.append(line_of(method, times, *over_floor, x_rival, megabytes(peaks, method)))
+        cells = (*ratio(times, seconds[FLOOR]), x_rival, megabytes(peaks, method))
+        lines.append(line_of(method, times, *cells))
     return "\n".join(lines) + "\n"
 
 

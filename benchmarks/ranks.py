@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from many_losses import Task, base_of, convolutions, small_mlp, wide_mlp
 from methods import Step
-from step_time import commit_here, line_of, median_interval
+from step_time import commit_here, line_of, ratio
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -163,10 +163,8 @@ def table(case: str, seconds: dict[str, list[float]]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, times in seconds.items():
-        ratios = np.divide(times, seconds[FLOOR])
-        interval = "" if method == FLOOR else median_interval(ratios)
         x_plain = f"{np.median(np.divide(times, seconds[PLAIN])):.2f}"
-        lines.append(line_of(method, times, f"{np.median(ratios):.3f}", interval, x_plain))
+        lines.append(line_of(method, times, *ratio(times, seconds[FLOOR]), x_plain))
     return "\n".join(lines) + "\n"
 
 

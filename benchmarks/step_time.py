@@ -154,6 +154,12 @@ def median_interval(ratios: NDArray[np.float64]) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
+def ratio(times: Sequence[float], others: Sequence[float]) -> tuple[str, str]:
+    """The median of the ratios within a round, and its interval."""
+    ratios = np.divide(times, others)
+    return f"{np.median(ratios):.3f}", median_interval(ratios)
+
+
 def line_of(method: str, times: Sequence[float], *others: str) -> str:
     """A line of a table: milliseconds of a step, and other cells."""
     low, middle, high = np.quantile(times, [0.25, 0.5, 0.75]) * 1000
@@ -185,9 +191,8 @@ def table(
     ]
     for method, times in seconds.items():
         way = GRAPH if method.endswith(GRAPH) else ""
-        x_uniform, x_floor = (np.divide(times, seconds[other + way]) for other in (UNIFORM, FLOOR))
-        over_floor = (f"{np.median(x_floor):.3f}", median_interval(x_floor))
-        cells = (f"{np.median(x_uniform):.2f}", *over_floor, megabytes(peaks, method))
+        x_uniform = f"{np.median(np.divide(times, seconds[UNIFORM + way])):.2f}"
+        cells = (x_uniform, *ratio(times, seconds[FLOOR + way]), megabytes(peaks, method))
         lines.append(line_of(method, times, *cells))
     return "\n".join(lines) + "\n"
 

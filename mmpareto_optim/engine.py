@@ -97,9 +97,10 @@ class Engine:
             if through is not None:
                 found, seen = self._through(through, call)
                 return Differentiated(found, None, seen, foreign)
-            underway = call.processes.agree(call.losses, call.params, call.common)
-            if call.turn.noise or not call.turn.measured:  # needed as they are, or one for all
-                underway = None
+            one_by_one = call.turn.measured and not call.turn.noise
+            underway = call.processes.agree(
+                call.losses, call.params, call.common, one_by_one=one_by_one
+            )
             try:
                 return Differentiated(self._exact(call, underway), underway, Seen(), foreign)
             except BaseException:

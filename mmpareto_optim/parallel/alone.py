@@ -45,9 +45,20 @@ class Alone:
         return nullcontext()
 
     def agree(
-        self, losses: Iterable[str], params: Sequence[Tensor], constants: Any
+        self,
+        losses: Iterable[str],
+        params: Sequence[Tensor],
+        constants: Any,
+        *,
+        one_by_one: bool,
     ) -> Underway | None:
         """Before losses are differentiated.
+
+        Args:
+            losses: their names.
+            params: the parameters.
+            constants: by name, what must be alike on all processes.
+            one_by_one: whether each loss's gradient is found, and not needed as it is.
 
         Returns:
             What averages their gradients one by one in place of :meth:`averaged`, or None.
@@ -76,7 +87,7 @@ class Alone:
         return found
 
     def united(
-        self, rows: dict[str, Gradient], features: Sequence[Tensor], constants: Any
+        self, rows: dict[str, Gradient], likes: Sequence[Tensor], constants: Any
     ) -> dict[str, Gradient]:
         """Gradients at features, of this process's examples, for each loss of any process."""
         return rows

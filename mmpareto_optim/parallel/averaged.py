@@ -58,10 +58,15 @@ class Averaged(Alone):
         self._plans.compared(Plan(constants))
 
     def agree(
-        self, losses: Iterable[str], params: Sequence[Tensor], constants: Constants
+        self,
+        losses: Iterable[str],
+        params: Sequence[Tensor],
+        constants: Constants,
+        *,
+        one_by_one: bool,
     ) -> OneByOne | None:
         """As :meth:`Alone.agree`; None for small models, and where ranks differ in their losses."""
-        if sum(param.numel() for param in params) < WORTH_OVERLAPPING:
+        if not one_by_one or sum(param.numel() for param in params) < WORTH_OVERLAPPING:
             return None
         announced = tuple((name, ()) for name in losses)
         if len(self._plans.compared(Plan(constants, announced))) > 1:
@@ -84,18 +89,12 @@ class Averaged(Alone):
         """As :meth:`averaged`, at some positions; tensors like the gradients in place of params."""
         rows: dict[Any, Gradient] = {(name,): row for name, row in found.rows.items()}
         rows[()] = found.plain  # no loss has this name
-        united = self.united_by_name(rows, likes, constants)
+        united = self.united(rows, likes, constants)
         for row in rows.values():
             row[:] = [None] * len(row)  # their memory is free while buckets are filled
         finish(self.begin(united, positions))
         plain = united.pop(())
         return Gradients({name: row for (name,), row in united.items()}, plain)
-
-    def united(
-        self, rows: dict[str, Gradient], features: Sequence[Tensor], constants: Constants
-    ) -> dict[str, Gradient]:
-        """Zeros for the gradients that this rank lacks and another has; losses in one order."""
-        return self.united_by_name(rows, features, constants)
 
     def largest_at_features(self, tensors: Sequence[Tensor]) -> list[float]:
         """Over all ranks; infinite for NaN, which a maximum could lose."""
@@ -129,10 +128,10 @@ class Averaged(Alone):
         dist.all_reduce(value, group=self.group)
         return value
 
-    def united_by_name(
+    def united(
         self, rows: Mapping[Any, Gradient], likes: Sequence[Tensor], constants: Constants
     ) -> dict[Any, Gradient]:
-        """As :meth:`united`, of tensors like some others."""
+        """Zeros for the gradients that this rank lacks and another has; losses in one order."""
         reach = tuple((n, tuple(g is not None for g in row)) for n, row in rows.items())
         reached: dict[Any, tuple[bool, ...]] = {}
         for plan in self._plans.compared(Plan(constants, reach)):
@@ -196,7 +195,7 @@ class OneByOne:
 
     def begin(self, name: str, gradient: Gradient) -> None:
         """Begin to average a loss's gradient, which is emptied."""
-        rows = self._ranks.united_by_name({name: gradient}, self._params, ())
+        rows = self._ranks.united({name: gradient}, self._params, ())
         gradient[:] = [None] * len(gradient)
         self._rows |= rows
         self._begun += self._ranks.begin(rows, range(len(self._params)))

@@ -61,7 +61,14 @@ class Sharded(Alone):
         self.failing_together = beside.failing_together  # type: ignore[method-assign]
         self.same = beside.same  # type: ignore[method-assign]
 
-    def agree(self, losses: Iterable[str], params: Sequence[Tensor], constants: Any) -> None:
+    def agree(
+        self,
+        losses: Iterable[str],
+        params: Sequence[Tensor],
+        constants: Any,
+        *,
+        one_by_one: bool,
+    ) -> None:
         """As :meth:`Averaged.compare`: a backward of shards is collective by itself."""
         if isinstance(self._beside, Averaged):
             self._beside.compare((*constants, ("losses", tuple(losses))))
