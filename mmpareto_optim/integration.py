@@ -1,213 +1,140 @@
-"""From several gradients for each parameter to one: rows, Gram matrices, coefficients, sums."""
+"""From the rows of several losses to one gradient: Gram matrices, coefficients, sums."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmpareto_optim.blocks import Block
-from mmpareto_optim.flat.memory import total_of
-from mmpareto_optim.ground import Gradient, Gradients
-from mmpareto_optim.method import Method
-from mmpareto_optim.parallel.alone import Alone
-from mmpareto_optim.parts import Parts
-from mmpareto_optim.rules import Rule, applied_gamma, named_coefficients
-from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host
+from mmpareto_optim.blocks import Block, Group, groups_of
+from mmpareto_optim.distributed.processes import Processes
+from mmpareto_optim.gram import gram_matrix
+from mmpareto_optim.options import Options
+from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
+from mmpareto_optim.rules import Rounding, Rule, applied_gamma, coefficients_of_blocks
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.tensor_stretch import combine_and_stretch
 
 
-class Integrated:
-    """Blocks whose coefficients are known, and the rows that these belong to.
-
-    Args:
-        blocks: groups of parameters.
-        params: all parameters, which the positions of a block count.
-        found: for each objective its gradient, one tensor or None for each of ``params``, and what
-            is added to the result as it is.
-        method: how blocks are integrated.
-        processes: how several processes do it as one.
-        grams: from the rows of blocks to their Gram matrices.
-        keep: whether ``found`` is needed afterwards; otherwise it is emptied.
+class Integrated(NamedTuple):
+    """What an integration gave.
 
     Attributes:
-        grams: by block, the Gram matrices of those that are integrated.
+        gradients: by position of a parameter, in its shape, each in memory of its own.
+        stats: by name of a block.
+    """
 
-    Raises:
-        ValueError: an integration function of the user's returns another shape.
+    gradients: dict[int, Tensor]
+    stats: dict[str, BlockStats]
+
+
+class Integration:
+    """How blocks are integrated.
+
+    Args:
+        options: what was chosen.
+        processes: those that integrate as one.
+        copies: by block, the copies of a user's rule that has a memory.
+        at_features: whether gradients are those at features, which each process has for its
+            examples.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Block],
-        params: Sequence[Tensor],
-        found: Gradients,
-        method: Method,
-        processes: Alone,
-        grams: Callable[[Sequence[Any]], Sequence[Tensor]],
+        options: Options,
+        processes: Processes,
+        copies: dict[str, Rule],
         *,
-        keep: bool,
+        at_features: bool = False,
     ) -> None:
-        self._blocks = [block for block in blocks if block.integrated]
-        self._params = params
-        self._rows = found.rows
-        self._plain = found.plain
-        self._method = method
+        self._options = options
         self._processes = processes
-        self._keep = keep
-        flats = self._flattened()
-        found_grams = grams(flats) if flats else []
-        self.grams = dict(zip(self._blocks, found_grams, strict=True))
-        self._grams = self._united(list(self.grams.values()))
-        self._coefficients = self._solved(flats)
-        self._flats: list[Any] | None = flats
-        self._stretches: list[Tensor | None] = [None] * len(flats)
+        self._copies = copies
+        self._at_features = at_features
 
-    def gradients(self) -> dict[int, Tensor]:
-        """One new tensor in the parameter's shape for each position that has a gradient.
-
-        Called again, the same gradients are computed again, if what was found is kept.
-        """
-        flats = self._flattened() if self._flats is None else self._flats
-        self._flats = None
-        found: dict[int, Tensor] = {}
-        for index, (block, flat) in enumerate(zip(self._blocks, flats, strict=True)):
-            found.update(zip(block.positions, self._combined(index, flat), strict=True))
-        del flats
-        added = {}
-        for block in self._blocks:
-            added.update(dict.fromkeys(block.positions, self._rows_beside(block.objectives)))
-        everything = self._rows_beside(())
-        for position, param in enumerate(self._params):
-            pieces = self._pieces(position, added.get(position, everything))
-            if pieces:
-                total = total_of(pieces, self._processes.own_part(param))
-                found[position] = found[position] + total if position in found else total
-        return {p: self._processes.whole(self._params[p], part) for p, part in found.items()}
-
-    @property
-    def coefficients(self) -> dict[tuple[str, int], Tensor]:
-        """By objective and position; what is added as it is has none."""
-        return {
-            (name, position): coefficient
-            for block, found in zip(self._blocks, self._coefficients, strict=True)
-            for name, coefficient in zip(block.objectives, found.unbind(), strict=True)
-            for position in block.positions
-        }
-
-    def stats(self, parts: Parts | None = None) -> dict[str, BlockStats]:
-        """What was seen of each block, after :meth:`gradients`.
+    def integrate(
+        self, blocks: Sequence[Block], losses: Sequence[str], rows: Sequence[Row]
+    ) -> Integrated:
+        """One gradient for each parameter that has a gradient in some row.
 
         Args:
-            parts: those that the gradients are sums of, if that is known.
+            blocks: which losses meet at which parameters.
+            losses: names of the losses, of which each has a row.
+            rows: theirs, and others behind them that are added as they are.
+
+        Raises:
+            ValueError: a user's rule returns coefficients of another shape.
         """
-        across = self._across(parts)
-        found = {}
-        for index, block in enumerate(self._blocks):
-            gram = self._grams[index]
-            named = not callable(self._method.integration)
-            found[block.name] = BlockStats(
-                block.objectives,
-                gram,
-                self._coefficients[index],
-                self._method.factor if named else 1.0,
-                self._stretches[index],
-                across[index],
-            )
-        return found
+        met = tuple(block for block in blocks if block.integrated)
+        shares = None if self._at_features else self._processes.shares
+        groups = groups_of(met, tuple(losses), tuple(row.layout for row in rows), shares)
+        pieces = [[_pieces(rows, group, span) for span in group.spans] for group in groups]
+        grams, roundings = self._grams(len(met), groups, pieces)
+        coefficients = self._coefficients(met, grams, roundings)
+        numbers = [_as_numbers(each) for each in coefficients]
+        gradients: dict[int, Tensor] = {}
+        stretches: list[list[Tensor]] = [[] for _ in met]
+        for group, of_spans in zip(groups, pieces, strict=True):
+            factors = _factors(group, numbers)
+            for span, of_rows in zip(group.spans, of_spans, strict=True):
+                if group.block is not None and self._options.stretches_tensors:
+                    flat, stretch = self._stretched(
+                        group, span, of_rows, factors, grams[group.block]
+                    )
+                    stretches[group.block].append(stretch)
+                else:
+                    flat = combine(of_rows, factors)
+                found = unflatten(flat, span.forms, is_new=flat is not of_rows[0])
+                gradients.update(zip(span.positions, found, strict=True))
+        return Integrated(gradients, self._stats(met, grams, coefficients, stretches))
 
-    def _across(self, parts: Parts | None) -> Sequence[Tensor | None]:
-        found = [None if parts is None else parts.across(*pair) for pair in self.grams.items()]
-        known = [gram for gram in found if gram is not None]
-        return self._united(known) if len(known) == len(found) else found
+    def _grams(
+        self, blocks: int, groups: Sequence[Group], pieces: Sequence[Sequence[Sequence[Tensor]]]
+    ) -> tuple[list[Tensor], list[Rounding]]:
+        """Of each block, from those of its groups."""
+        parts: list[list[Tensor]] = [[] for _ in range(blocks)]
+        roundings = [Rounding(0.0)] * blocks
+        for group, of_spans in zip(groups, pieces, strict=True):
+            if group.block is None:
+                continue
+            gram, error = gram_matrix([_of_losses(group, of_rows) for of_rows in of_spans])
+            parts[group.block].append(gram if group.share == 1 else gram * group.share)
+            here = self._rounding(group.spans[0].forms[0], error)
+            roundings[group.block] = Rounding(*map(max, here, roundings[group.block]))
+        grams = [sum_on_first_device(grams) for grams in parts]
+        if self._at_features:
+            return self._processes.grams_at_features(grams), roundings
+        return self._processes.grams(grams), roundings
 
-    def _united(self, grams: list[Tensor]) -> list[Tensor]:
-        """Gram matrices of the blocks, or others of their shapes, for a rule that has a name."""
-        if callable(self._method.integration):
-            return grams
-        return united(self._blocks, list(self.grams.values()), grams)
+    def _rounding(self, form: Form, products: float) -> Rounding:
+        # What was rounded before counts as if it were still to be: either way it is noise.
+        averaged = self._processes.rounding
+        averaged = averaged if averaged > form.epsilon else 0.0
+        return Rounding(form.epsilon, max(form.written_rounding, averaged), products)
 
-    def _flattened(self) -> list[Any]:
-        flats = []
-        for block in self._blocks:
-            taken = [self._take(self._rows[name], block.positions) for name in block.objectives]
-            members = [self._params[position] for position in block.positions]
-            flats.append(self._processes.flat(members, taken, keep=self._keep))
-        return flats
-
-    def _take(self, row: Gradient, positions: Sequence[int]) -> Gradient:
-        taken = [row[position] for position in positions]
-        if not self._keep:
-            for position in positions:
-                row[position] = None
-        return taken
-
-    def _rows_beside(self, objectives: Sequence[str]) -> list[Gradient]:
-        """What is added as it is: heads, and gradients that have been zero so far."""
-        return [*(row for name, row in self._rows.items() if name not in objectives), self._plain]
-
-    def _pieces(self, position: int, rows: Sequence[Gradient]) -> list[Tensor]:
-        pieces = []
-        for row in rows:
-            gradient = row[position]
-            if gradient is not None:
-                pieces.append(gradient)
-                if not self._keep:
-                    row[position] = None
-        return pieces
-
-    def _combined(self, index: int, flat: Any) -> list[Tensor]:
-        coefficients = self._coefficients[index]
-        if not self._method.by_tensor:
-            return flat.combine(coefficients)  # type: ignore[no-any-return]
-        gamma = applied_gamma(self._grams[index], self._method.factor)
-        combined, self._stretches[index] = flat.combine_and_stretch(coefficients, gamma)
-        return combined  # type: ignore[no-any-return]
-
-    def _solved(self, flats: Sequence[Any]) -> list[Tensor]:
-        if callable(self._method.integration):
+    def _coefficients(
+        self, blocks: Sequence[Block], grams: Sequence[Tensor], roundings: Sequence[Rounding]
+    ) -> list[Tensor]:
+        rule = self._options.integration
+        if not blocks:
+            return []
+        if callable(rule):
             return [
-                self._processes.same(self._of_users_rule(block, gram.to(flat.dtype)))
-                for block, gram, flat in zip(self._blocks, self._grams, flats, strict=True)
+                self._processes.same(self._of_users_rule(rule, block, gram))
+                for block, gram in zip(blocks, grams, strict=True)
             ]
-        found: dict[int, Tensor] = {}
-        # Other blocks of the same kind are solved together: a rule is many small operations.
-        alike: dict[Any, list[int]] = {}
-        for index, (gram, flat) in enumerate(zip(self._grams, flats, strict=True)):
-            if self._is_for_the_host(gram):
-                found[index] = self._on_the_host(gram, *flat.errors)
-            else:
-                kind = (len(gram), gram.device, gram.dtype, flat.errors)
-                alike.setdefault(kind, []).append(index)
-        for (*_, (eps, written)), members in alike.items():
-            grams = torch.stack([self._grams[index] for index in members])
-            solved = named_coefficients(
-                str(self._method.integration),
-                grams,
-                self._method.factor,
-                eps=eps,
-                written=written,
-                stretched=not self._method.by_tensor,
-            )
-            found.update(zip(members, solved.unbind(), strict=True))
-        return [found[index] for index in range(len(flats))]
-
-    def _on_the_host(self, gram: Tensor, eps: float, written: float) -> Tensor:
-        if self._method.integration == "uniform":
-            return uniform_on_the_host(gram, self._method.factor)
-        return mmpareto_on_the_host(gram, self._method.factor, eps, written)
-
-    def _is_for_the_host(self, gram: Tensor) -> bool:
-        return (
-            self._method.integration in ("mmpareto", "uniform")
-            and not self._method.by_tensor
-            and type(gram) is Tensor
-            and gram.device.type == "cpu"
+        return coefficients_of_blocks(
+            rule,
+            grams,
+            self._options.factor,
+            roundings,
+            stretched=not self._options.stretches_tensors,
         )
 
-    def _of_users_rule(self, block: Block, gram: Tensor) -> Tensor:
-        coefficients = self._rule_of(block)(gram)
+    def _of_users_rule(self, rule: Rule, block: Block, gram: Tensor) -> Tensor:
+        # Copies both ways: a rule may edit what it gets, and return the same buffer again.
+        coefficients = self._copy_for(rule, block)(gram.clone())
         expected = (len(block.objectives),)
         if not isinstance(coefficients, Tensor) or coefficients.shape != expected:
             found = getattr(coefficients, "shape", type(coefficients).__name__)
@@ -215,57 +142,89 @@ class Integrated:
                 f"the integration function must return coefficients of shape {expected} for "
                 f"block {block.name!r} of objectives {block.objectives}, got {found}"
             )
-        return coefficients
+        return coefficients.detach().to(gram, copy=True)
 
-    def _rule_of(self, block: Block) -> Rule:
+    def _copy_for(self, rule: Any, block: Block) -> Rule:
         """The user's function; of one with a memory, which a ``reset()`` tells of, a copy."""
-        rule: Any = self._method.integration
         if not callable(getattr(rule, "reset", None)):
             return rule  # type: ignore[no-any-return]
-        if block.name not in self._method.copies:
-            self._method.copies[block.name] = deepcopy(rule)
-        return self._method.copies[block.name]
+        if block.name not in self._copies:
+            self._copies[block.name] = deepcopy(rule)
+        return self._copies[block.name]
+
+    def _stretched(
+        self,
+        group: Group,
+        span: Span,
+        rows: Sequence[Tensor],
+        factors: Sequence[float | Tensor],
+        gram: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients of a block's losses stretched, and those of others added."""
+        own = [place for place in group.of_losses if place is not None]
+        flat, stretch = combine_and_stretch(
+            [rows[place] for place in own],
+            [factors[place] for place in own],
+            applied_gamma(gram, self._options.factor),
+            [form.size for form in span.forms],
+        )
+        others = [row for place, row in enumerate(rows) if place not in own]
+        return combine([flat, *others], [ONE] * (1 + len(others))), stretch
+
+    def _stats(
+        self,
+        blocks: Sequence[Block],
+        grams: Sequence[Tensor],
+        coefficients: Sequence[Tensor],
+        stretches: Sequence[Sequence[Tensor]],
+    ) -> dict[str, BlockStats]:
+        gamma = 1.0 if callable(self._options.integration) else self._options.factor
+        return {
+            block.name: BlockStats(block.objectives, gram, own, gamma, _cat_on(own, stretch))
+            for block, gram, own, stretch in zip(
+                blocks, grams, coefficients, stretches, strict=True
+            )
+        }
 
 
-def united(
-    blocks: Sequence[Block], grams: Sequence[Tensor], added: Sequence[Tensor]
-) -> list[Tensor]:
-    """Gram matrices of blocks, added up where the same losses have a gradient other than zero.
+def _pieces(rows: Sequence[Row], group: Group, span: Span) -> list[Tensor]:
+    return [rows[row].part(place) for row, place in zip(group.rows, span.places, strict=True)]
 
-    A zero gradient counts as an absent loss: one that is multiplied by zero leaves the blocks
-    that there are without it, and parameters that the same losses reach are one block. Decided on
-    the device. Blocks chosen by hand stay as they are.
 
-    Args:
-        blocks: the blocks.
-        grams: their Gram matrices, which tell what is zero.
-        added: what is added up, of the same shapes: these, or others of the same blocks.
-    """
-    total = list(added)
-    for one, block in enumerate(blocks):
-        for two, other in enumerate(blocks):
-            common = [name for name in block.objectives if name in other.objectives]
-            if one == two or len(common) < 2 or block.by_hand or other.by_hand:
-                continue
-            here = [block.objectives.index(name) for name in common]
-            there = [other.objectives.index(name) for name in common]
-            same = _same_present(grams[one], here, grams[two], there)
-            total[one] = total[one] + _moved(added[two], there, here, len(grams[one]), same)
+def _of_losses(group: Group, rows: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of a block's losses; zeros of those that do not reach it."""
+    return [
+        rows[0].new_zeros(1).expand_as(rows[0]) if place is None else rows[place]
+        for place in group.of_losses
+    ]
+
+
+def _factors(
+    group: Group, numbers: Sequence[Sequence[float | Tensor]]
+) -> Sequence[float | Tensor]:
+    """For each row of a group its coefficient; 1 for what is added as it is."""
+    factors: list[float | Tensor] = [ONE] * len(group.rows)
+    if group.block is not None:
+        for place, number in zip(group.of_losses, numbers[group.block], strict=True):
+            if place is not None:
+                factors[place] = number
+    return factors
+
+
+def _as_numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
+    """Numbers, where nothing waits for them; otherwise tensors without dimensions."""
+    if coefficients.device.type == "cpu":
+        return coefficients.tolist()  # type: ignore[no-any-return]
+    return coefficients.unbind()
+
+
+def _cat_on(like: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat([tensor.to(like.device) for tensor in tensors]) if tensors else None
+
+
+def sum_on_first_device(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of some tensors, on the device of the first."""
+    total = tensors[0]
+    for other in tensors[1:]:
+        total = total + other.to(total.device, non_blocking=True)
     return total
-
-
-def _same_present(one: Tensor, here: list[int], other: Tensor, there: list[int]) -> Tensor:
-    """Whether the same of two blocks' gradients are not zero, a boolean scalar."""
-    first, second = one.diagonal() != 0, (other.diagonal() != 0).to(one.device)
-    same = first.sum() == second.sum()
-    in_common = torch.stack([first[i] & second[j] for i, j in zip(here, there, strict=True)])
-    return same & (in_common.sum() == first.sum())
-
-
-def _moved(gram: Tensor, there: list[int], here: list[int], size: int, condition: Tensor) -> Tensor:
-    """The entries ``there`` of a Gram matrix at the places ``here`` of another, or zeros."""
-    result = torch.zeros(size, size, dtype=gram.dtype, device=condition.device)
-    for i, j in zip(here, there, strict=True):
-        for k, n in zip(here, there, strict=True):
-            result[i, k] = torch.where(condition, gram[j, n].to(condition.device), 0.0)
-    return result

@@ -1,33 +1,54 @@
-"""Settings, and what holds from one backward to the next."""
+"""Settings, what holds from one backward to the next, and the whole backward on one screen."""
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmpareto_optim.engine import Call, Engine
-from mmpareto_optim.gradients.features import Features, check_features
-from mmpareto_optim.gradients.losses import Losses, check_losses
-from mmpareto_optim.groups import as_groups
-from mmpareto_optim.measuring import Measuring
-from mmpareto_optim.method import Integration, Method, check_settings, constants_of
-from mmpareto_optim.modalities import Modalities, check_held, parameters_by_modality
-from mmpareto_optim.parallel.choice import Choice, check_averaging
-from mmpareto_optim.report import Blocks, block_table, describe, settings_of, warn_of_small_gradient
+from mmpareto_optim.accumulation import GradAccumulator
+from mmpareto_optim.autograd import grads_set_aside
+from mmpareto_optim.blocks import Block, Reached, blocks_by_modality, blocks_by_reach
+from mmpareto_optim.differentiation import Backward, Differentiation
+from mmpareto_optim.distributed.processes import Processes
+from mmpareto_optim.distributed.select import ProcessSelection
+from mmpareto_optim.integration import Integration
+from mmpareto_optim.messages import (
+    Blocks,
+    Seen,
+    block_table,
+    warn_of_small_gradient,
+    warn_of_standing_block,
+)
+from mmpareto_optim.options import Options, Rescale, RuleChoice, check_features, check_losses
+from mmpareto_optim.param_groups import (
+    Modalities,
+    as_groups,
+    check_held,
+    describe,
+    parameters_by_modality,
+)
+from mmpareto_optim.reach import Reach
+from mmpareto_optim.rows import Row
 from mmpareto_optim.rules import Rule
 from mmpareto_optim.stats import BlockStats
-from mmpareto_optim.twice import check_twice
+from mmpareto_optim.types import Constants, Features, Losses
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
+
+STEPS_WATCHED = 100
+"""Steps of a block after which one that mostly stood still is warned of."""
 
 
 class GradientIntegrator:
     """Fills ``.grad`` with gradients common to several losses, as ``Tensor.backward`` fills it.
 
-    For who steps by himself: several optimizers on one graph, a trainer that owns the step.
-    :class:`MMParetoOptimizer` is an optimizer around it, and says what the arguments are::
+    For training loops that step by themselves: several optimizers on one graph, a trainer that
+    owns the step. :class:`MMParetoOptimizer` is an optimizer around it, and says what the
+    arguments are::
 
         integrator = GradientIntegrator(model.parameters())
         integrator.zero_grad()
@@ -38,28 +59,24 @@ class GradientIntegrator:
     Args:
         params: as ``torch.optim`` takes them: tensors, ``(name, tensor)`` pairs, or dicts with
             either as ``"params"``.
-        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so all that follows.
-        integration: as said.
-        gamma: as said.
-        rescale: as said.
-        process_group: as said.
-        average_gradients: as said.
-        reduce_dtype: as said.
-        measure_every: as said.
-        measure_noise: as said.
-        memory: as said.
+        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so are all that follow.
+        integration: the rule.
+        gamma: factor on the integrated gradients of a named rule.
+        rescale: ``"encoder"`` or ``"tensor"``.
+        process_group: the processes to average over.
+        average_gradients: False where each process trains a model of its own.
+        reduce_dtype: in what dtype gradients are averaged.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
         most_losses: how many losses there have been at most in a backward.
-        integration: as given, and so are ``gamma`` and ``rescale``; may be changed.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
             integration, by the block's name: the modality, or the names of the losses that
-            reach it joined by ``+``. Empty where ``measure_every`` left the last one out.
+            reach it joined by ``+``.
 
     Raises:
         TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
-        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive; a
+        ValueError: an unknown rule or ``rescale``; ``gamma`` not positive; a
             parameter in two modalities, or one that ``params`` does not hold; a
             ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
             ``average_gradients=False``; an unknown ``reduce_dtype``.
@@ -70,51 +87,33 @@ class GradientIntegrator:
         params: Iterable[Any],
         param_groups_by_modality: Mapping[str, Any] | None = None,
         *,
-        integration: Integration = "mmpareto",
+        integration: RuleChoice = "mmpareto",
         gamma: float | None = None,
-        rescale: Literal["encoder", "tensor"] = "encoder",
+        rescale: Rescale = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
         reduce_dtype: torch.dtype | None = None,
-        measure_every: int = 1,
-        measure_noise: bool = False,
-        memory: Literal["normal", "low"] = "normal",
     ) -> None:
-        self.integration = integration
-        self.gamma = gamma
-        self.rescale = rescale
-        self._copies: dict[str, Rule] = {}
-        check_settings(self._method(), memory, measure_every, measure_noise)
-        check_averaging(process_group, average_gradients, reduce_dtype)
+        self._options = Options(integration, gamma, rescale)
+        self._selection = ProcessSelection(process_group, average_gradients, reduce_dtype)
         self.param_groups = as_groups(params)
-        self._measuring = Measuring(measure_every, measure_noise, integration, gamma)
-        self._memory = memory
-        self._choice = Choice(process_group, average_gradients, reduce_dtype)
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
-            self._modalities = parameters_by_modality(param_groups_by_modality)
-            check_held(self._modalities, self._held())
+            self._modalities = parameters_by_modality(param_groups_by_modality, self._held())
+        self._copies: dict[str, Rule] = {}
         self.forget()
 
     def forget(self) -> None:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.most_losses = 0
+        self.stats: dict[str, BlockStats] = {}
+        self.has_integrated = False
+        self._seen = Seen()
+        self._differentiation = Differentiation()
+        self._reach = Reach()
+        self._accumulated: GradAccumulator | None = None
         self._warned = False
-        self._engine = Engine()
-        self._measuring.forget()
-
-    def end_window(self) -> None:
-        """What comes next starts anew, and is added to what is in ``.grad``."""
-        self._engine.window = None
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, and what has accumulated."""
-        self.end_window()
-        for param in self._held():
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad = torch.zeros_like(param.grad)
+        self._stood_still: dict[str, list[bool]] = {}
 
     def backward(
         self,
@@ -154,70 +153,174 @@ class GradientIntegrator:
         keep: bool,
     ) -> None:
         params = self._trainable()
-        processes = self._choice.of(params)
-        with processes.failing_together():
-            check_losses(losses)
-            method = self._method()
-            turn = self._measuring.turn(self._engine.window, self.integration, self.gamma)
-            modalities = self._checked_modalities(by_hand)
-            if self._memory == "low":
-                check_twice(method, processes, features is not None, self._engine.window)
-            processes.check_method(method.by_tensor, features is not None)
-            if features is not None:
-                check_features(features)
-            common = (
-                *constants_of(params, method, modalities, features),
-                ("measure_every or measure_noise", turn[1:]),
-                ("reduce_dtype", self._choice.reduce_dtype),
+        processes = self._selection.of(params)
+        with processes.failing_together(), grads_set_aside(params) as before:
+            modalities = self._checked(losses, features, by_hand, processes)
+            constants = self._constants(params, modalities, features)
+            backward = Backward(
+                losses, params, processes, constants, retain_graph, self._describe
             )
-            call = Call(
-                losses=losses,
-                features=features,
-                params=params,
-                processes=processes,
-                common=common,
-                method=method,
-                modalities=modalities,
-                turn=turn,
-                retain_graph=retain_graph,
-                keep=keep,
-                describe=self._describe,
-            )
-            found = None if self._memory == "low" else self._engine.differentiate(call)
-        if found is None:
-            self._engine.integrate_twice(call)
-        else:
-            self._engine.integrate(call, found)
-        self._measuring.done(turn)
+            seen, stats, plain = Seen(params), dict[str, BlockStats](), None
+            if features is None:
+                rows = self._differentiation.rows(backward)
+            else:
+                integrate_at = partial(self._integrated_at, features, processes, seen, stats)
+                rows, plain, seen.behind = self._differentiation.rows_through(
+                    backward, features, integrate_at
+                )
+        with torch.no_grad():
+            accumulated = GradAccumulator(params, rows, plain, before)
+            if self._accumulated is not None:
+                accumulated.extend(self._accumulated, processes)
+            rows, plain = accumulated.rows, accumulated.plain
+            reached = self._reach.of(rows, params, processes.largest)
+            seen.blocks = self._blocks(reached, params, modalities, rows)
+            integration = Integration(self._options, processes, self._copies)
+            everything = [*rows.values()] if plain is None else [*rows.values(), plain]
+            found = integration.integrate(seen.blocks, list(rows), everything)
+            gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
+            accumulated.write(gradients, processes, keep=keep)
+        self._accumulated = accumulated if keep else None
+        self._done(losses, seen, stats | found.stats)
+
+    @torch.no_grad()
+    def _integrated_at(
+        self,
+        features: Features,
+        processes: Processes,
+        seen: Seen,
+        stats: dict[str, BlockStats],
+        rows: dict[str, Row],
+    ) -> list[Tensor]:
+        """One gradient for each feature, each a block of its own; tells what was seen.
+
+        Raises:
+            ValueError: no loss reaches a feature; names it.
+        """
+        for position, name in enumerate(features):
+            if not any(row.layout.given[position] for row in rows.values()):
+                raise ValueError(
+                    f"no loss reaches feature {name!r}: give the very tensor that the heads are "
+                    "called with, or leave it out"
+                )
+        reached = self._reach.of(rows, list(features), processes.largest_at_features)
+        seen.feature_blocks = tuple(
+            Block(name, reached[position], (position,)) for position, name in enumerate(features)
+        )
+        integration = Integration(self._options, processes, self._copies, at_features=True)
+        found = integration.integrate(seen.feature_blocks, list(rows), list(rows.values()))
+        stats |= found.stats
+        return [found.gradients[position] for position in range(len(features))]
+
+    def _checked(
+        self,
+        losses: Any,
+        features: Any,
+        by_hand: Mapping[str, Any] | None,
+        processes: Processes,
+    ) -> Modalities | None:
+        """Raise for arguments that are wrong; the blocks by hand."""
+        check_losses(losses)
+        processes.check(self._options.stretches_tensors, features is not None)
+        if features is not None:
+            check_features(features)
+        if by_hand is not None:
+            return parameters_by_modality(by_hand, self._held())
+        if self._modalities is not None:
+            check_held(self._modalities, self._held())
+        return self._modalities
+
+    def _constants(
+        self,
+        params: Sequence[Tensor],
+        modalities: Modalities | None,
+        features: Features | None,
+    ) -> Constants:
+        """What ranks that train one model have in common, by the names of error messages."""
+        options = self._options
+        return (
+            ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
+            (
+                "integration, gamma or rescale",
+                (options.rule_name, options.factor, options.rescale),
+            ),
+            (
+                "param_groups_by_modality",
+                tuple(
+                    (name, tuple(i for i, param in enumerate(params) if param in members))
+                    for name, members in (modalities or {}).items()
+                ),
+            ),
+            ("features", None if features is None else tuple(features)),
+            ("reduce_dtype", self._selection.reduce_dtype),
+        )
+
+    def _blocks(
+        self,
+        reached: Reached,
+        params: Sequence[Tensor],
+        modalities: Modalities | None,
+        losses: Iterable[str],
+    ) -> tuple[Block, ...]:
+        if modalities is None:
+            return blocks_by_reach(reached, tuple(param.numel() for param in params))
+        return blocks_by_modality(reached, params, modalities, losses)
+
+    def _done(self, losses: Losses, seen: Seen, stats: dict[str, BlockStats]) -> None:
+        self.stats, self._seen = stats, seen
+        self.has_integrated = True
         self.most_losses = max(self.most_losses, len(losses))
-        if not self._warned and not callable(self.integration):
-            self._warned = warn_of_small_gradient(self.stats)
+        if callable(self._options.integration):
+            return
+        if not self._warned:
+            self._warned = warn_of_small_gradient(stats)
+        self._watch_for_standing_blocks()
+
+    def _watch_for_standing_blocks(self) -> None:
+        """Warn once of a block whose result is zero in most of its steps; on the CPU alone."""
+        for name, stats in self.stats.items():
+            known = self._stood_still.setdefault(name, [])
+            if len(known) == STEPS_WATCHED or stats.coefficients.device.type != "cpu":
+                continue
+            known.append(not any(stats.coefficients.tolist()))
+            if len(known) == STEPS_WATCHED and 2 * sum(known) > STEPS_WATCHED:
+                warn_of_standing_block(name, sum(known), STEPS_WATCHED)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._choice.process_group is not None:
-            raise TypeError(
-                "a process group cannot be copied or pickled, nor can what holds one: save the "
-                "optimizer's state_dict(), and build it anew"
-            )
-        settings = ("integration", "gamma", "rescale", "_memory", "_measuring")
-        kept = ("param_groups", *settings, "_copies", "_modalities")
-        state = {name: self.__dict__[name] for name in kept}
-        return {**state, "_choice": (self._choice.average_gradients, self._choice.reduce_dtype)}
+        kept = ("param_groups", "_options", "_selection", "_copies", "_modalities")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._choice = Choice(None, *state.pop("_choice"))
         self.__dict__.update(state)
         self.forget()
 
     @property
-    def stats(self) -> dict[str, BlockStats]:
-        """As said of the class."""
-        return self._engine.stats
+    def integration(self) -> RuleChoice:
+        """The rule; may be changed, and so may ``gamma`` and ``rescale``."""
+        return self._options.integration
+
+    @integration.setter
+    def integration(self, rule: RuleChoice) -> None:
+        self._options = replace(self._options, integration=rule)
+        self._copies.clear()
 
     @property
-    def has_integrated(self) -> bool:
-        """Whether there has been a backward."""
-        return self._engine.has_integrated
+    def gamma(self) -> float | None:
+        """Factor on the integrated gradients; None for the rule's default."""
+        return self._options.gamma
+
+    @gamma.setter
+    def gamma(self, factor: float | None) -> None:
+        self._options = replace(self._options, gamma=factor)
+
+    @property
+    def rescale(self) -> Rescale:
+        """``"encoder"`` or ``"tensor"``."""
+        return self._options.rescale
+
+    @rescale.setter
+    def rescale(self, rescale: Rescale) -> None:
+        self._options = replace(self._options, rescale=rescale)
 
     @property
     def blocks(self) -> Blocks:
@@ -226,25 +329,30 @@ class GradientIntegrator:
         For each block its objectives and parameters, heads included; empty before the first
         backward.
         """
-        return block_table(*self._engine.seen, self.param_groups)
+        return block_table(self._seen, self.param_groups)
 
     @property
     def settings(self) -> str:
         """What was chosen, for a printed optimizer."""
-        return settings_of(self._method(), self._modalities)
+        blocks = "found by reach" if self._modalities is None else ", ".join(self._modalities)
+        return f"{self._options}\n    blocks: {blocks}"
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a loss over the processes that integrate as one."""
-        return self._choice.of(self._trainable()).mean(value)
+        return self._selection.of(self._trainable()).mean(value)
 
-    def _checked_modalities(self, by_hand: Mapping[str, Any] | None) -> Modalities | None:
-        modalities = self._modalities if by_hand is None else parameters_by_modality(by_hand)
-        if modalities is not None:
-            check_held(modalities, self._held())
-        return modalities
+    def end_window(self) -> None:
+        """What comes next starts anew, and is added to what is in ``.grad``."""
+        self._accumulated = None
 
-    def _method(self) -> Method:
-        return Method(self.integration, self.gamma, self.rescale, self._copies)
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and what has accumulated."""
+        self.end_window()
+        for param in self._held():
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad = torch.zeros_like(param.grad)
 
     def _held(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -1,26 +1,26 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmpareto_optim.contract import (
+from mmpareto_optim.base_optimizer import (
     check_differentiated,
     check_step,
-    handing_self,
-    naming_need_of_a_graph,
+    explaining_second_order,
+    forwarded_hook,
+    forwarded_property,
     needs_closure,
-    of_held,
 )
-from mmpareto_optim.gradients.losses import Losses
 from mmpareto_optim.integrator import GradientIntegrator
-from mmpareto_optim.method import Integration
-from mmpareto_optim.report import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
-from mmpareto_optim.several import as_one
+from mmpareto_optim.messages import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
+from mmpareto_optim.optimizer_list import as_one
+from mmpareto_optim.options import Rescale, RuleChoice
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.types import Losses
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
@@ -75,23 +75,6 @@ class MMParetoOptimizer(Optimizer):
             goes over the network, and rounds each gradient to 8 bits before and after the sum; the
             third adds up gradients in half precision without that. Gradients that FSDP2 reduces
             follow its ``MixedPrecisionPolicy``.
-        measure_every: with ``integration="uniform"``, the plain sum, differentiate the losses one
-            by one in every so many steps only, for ``stats``; the first is one of them. In those
-            between, the losses take one backward pass together, as in plain training, and
-            ``stats`` is empty. All micro-batches of a step are treated alike.
-        measure_noise: whether ``stats`` have a ``gram_across``. The products of two gradients of
-            one batch contain the batch's noise, which both have in common. Products of different
-            parts of a batch, micro-batches of an accumulation or shares of several processes, do
-            not. If the parts are drawn independently it is an unbiased estimate of the
-            products of the expected gradients (times the square of a common weight of the parts);
-            for one step a noisy one. It costs a Gram matrix for each micro-batch after the first,
-            or for each backward of several processes, and their gradients before averaging in
-            memory. Gradients at features have none.
-        memory: ``"normal"`` keeps a gradient of each loss for the length of a step; ``"low"`` two
-            gradients, however many losses there are, and differentiates each loss at least
-            twice. The same gradients to rounding. Hooks run once for each pass. Not together with
-            ``features``, ``rescale="tensor"``, several processes, several ``backward`` for one
-            step, or functions whose backward calls ``backward``.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
@@ -99,8 +82,7 @@ class MMParetoOptimizer(Optimizer):
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
             ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
-        ValueError: unknown ``integration``, ``rescale`` or ``memory``; ``gamma`` not positive;
-            ``measure_every`` beside another rule than the plain sum; a
+        ValueError: an unknown rule or ``rescale``; ``gamma`` not positive; a
             parameter in two modalities, or one that the base does not hold; a
             ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
             ``average_gradients=False``; another ``reduce_dtype`` than these.
@@ -111,15 +93,12 @@ class MMParetoOptimizer(Optimizer):
         optimizer: Optimizer | Sequence[Optimizer],
         param_groups_by_modality: Mapping[str, Any] | None = None,
         *,
-        integration: Integration = "mmpareto",
+        integration: RuleChoice = "mmpareto",
         gamma: float | None = None,
-        rescale: Literal["encoder", "tensor"] = "encoder",
+        rescale: Rescale = "encoder",
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
         reduce_dtype: torch.dtype | None = None,
-        measure_every: int = 1,
-        measure_noise: bool = False,
-        memory: Literal["normal", "low"] = "normal",
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
@@ -133,9 +112,6 @@ class MMParetoOptimizer(Optimizer):
             process_group=process_group,
             average_gradients=average_gradients,
             reduce_dtype=reduce_dtype,
-            measure_every=measure_every,
-            measure_noise=measure_noise,
-            memory=memory,
         )
         plain = integration == "uniform" and gamma in (None, 1)
         if needs_closure(type(self.optimizer).step) and not plain:
@@ -187,7 +163,7 @@ class MMParetoOptimizer(Optimizer):
         check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
         if losses is not None:
             self._current().integrate(losses, features, param_groups_by_modality, keep=False)
-        with naming_need_of_a_graph(self.optimizer, lambda: self._integrator.has_integrated):
+        with explaining_second_order(self.optimizer, lambda: self._integrator.has_integrated):
             if closure is None:
                 result = self.optimizer.step()
             else:
@@ -285,9 +261,9 @@ class MMParetoOptimizer(Optimizer):
         """Load the base's state."""
         self.optimizer.load_state_dict(state_dict)
 
-    integration = of_held("_integrator", "integration")
-    gamma = of_held("_integrator", "gamma")
-    rescale = of_held("_integrator", "rescale")
+    integration = forwarded_property("_integrator", "integration")
+    gamma = forwarded_property("_integrator", "gamma")
+    rescale = forwarded_property("_integrator", "rescale")
 
     @property
     def stats(self) -> dict[str, BlockStats]:
@@ -299,17 +275,17 @@ class MMParetoOptimizer(Optimizer):
         """As of :class:`GradientIntegrator`: what to print first when results surprise."""
         return self._integrator.blocks
 
-    param_groups = of_held("optimizer", "param_groups")
-    state = of_held("optimizer", "state")
-    defaults = of_held("optimizer", "defaults")
+    param_groups = forwarded_property("optimizer", "param_groups")
+    state = forwarded_property("optimizer", "state")
+    defaults = forwarded_property("optimizer", "defaults")
 
     # Hooks run around the base's step, when .grad is there, and are handed this optimizer.
-    register_step_pre_hook = handing_self("register_step_pre_hook")
-    register_step_post_hook = handing_self("register_step_post_hook")
-    register_state_dict_pre_hook = handing_self("register_state_dict_pre_hook")
-    register_state_dict_post_hook = handing_self("register_state_dict_post_hook")
-    register_load_state_dict_pre_hook = handing_self("register_load_state_dict_pre_hook")
-    register_load_state_dict_post_hook = handing_self("register_load_state_dict_post_hook")
+    register_step_pre_hook = forwarded_hook("register_step_pre_hook")
+    register_step_post_hook = forwarded_hook("register_step_post_hook")
+    register_state_dict_pre_hook = forwarded_hook("register_state_dict_pre_hook")
+    register_state_dict_post_hook = forwarded_hook("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = forwarded_hook("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = forwarded_hook("register_load_state_dict_post_hook")
 
     def __repr__(self) -> str:
         base = "    ".join(repr(self.optimizer).splitlines(keepends=True))

@@ -34,3 +34,26 @@ __all__ = [
     "unstretched_coefficients",
     "upgrad_coefficients",
 ]
+
+
+from typing import NamedTuple as _NT  # noqa: E402
+from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host  # noqa: E402
+
+
+class Rounding(_NT):
+    combined: float
+    written: float = 0.0
+    products: float = 0.0
+
+
+def coefficients_of_blocks(name, grams, gamma, roundings, *, stretched=True):
+    found = []
+    for gram, r in zip(grams, roundings):
+        host = name in ("mmpareto", "uniform") and stretched and gram.device.type == "cpu"
+        if host and name == "uniform":
+            found.append(uniform_on_the_host(gram, gamma))
+        elif host:
+            found.append(mmpareto_on_the_host(gram, gamma, r.combined, r.written + r.products))
+        else:
+            found.append(named_coefficients(name, gram[None], gamma, eps=r.combined, written=r.written + r.products, stretched=stretched)[0])
+    return found

@@ -1,6 +1,6 @@
-"""Blocks chosen by hand: what a user may give as ``param_groups_by_modality``."""
+"""Parameters as ``torch.optim`` takes them, and blocks chosen by hand."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,21 +10,69 @@ Modalities = dict[str, dict[Tensor, str]]
 """For each modality its parameters, each with a name for error messages."""
 
 
-def parameters_by_modality(groups: Any) -> Modalities:
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """What ``torch.optim`` takes as ``params``, as dicts of lists of tensors."""
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params must be parameters, got the module {type(params).__name__}: give its "
+            ".parameters() or .named_parameters()"
+        )
+    items = list(params)
+    if not items:
+        raise ValueError("params is empty: give the parameters whose gradients are integrated")
+    groups = items if all(isinstance(item, Mapping) for item in items) else [{"params": items}]
+    return [_as_group(dict(group)) for group in groups]
+
+
+def _as_group(group: dict[str, Any]) -> dict[str, Any]:
+    listed = group["params"]
+    items = [listed] if isinstance(listed, Tensor) else list(listed)
+    named = [item for item in items if isinstance(item, tuple) and len(item) == 2]
+    if named:
+        group["param_names"] = [name for name, _ in named]
+        items = [param for _, param in named]
+    for item in items:
+        if not isinstance(item, Tensor):
+            raise TypeError(
+                f"params must hold tensors, (name, tensor) pairs or groups, got "
+                f"{type(item).__name__}: pass model.parameters() or model.named_parameters()"
+            )
+    group["params"] = items
+    return group
+
+
+def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
+    """A parameter's name for error messages, or where it stands."""
+    number, index, group = next(
+        (number, index, group)
+        for number, group in enumerate(groups)
+        for index, param in enumerate(group["params"])
+        if param is wanted
+    )
+    if "param_names" in group:
+        return f"parameter {group['param_names'][index]!r}"
+    return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+
+
+def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
     """Resolve ``param_groups_by_modality`` to named parameters.
 
     Args:
         groups: a mapping from a modality's name to a module or several, to parameters, or to
             ``(name, parameter)`` pairs. Generators are read once, here.
+        held: all parameters that are integrated.
 
     Raises:
         TypeError: not a mapping, or an entry of another kind; names the modality.
-        ValueError: no entry, an empty one, or a parameter in two modalities; names them.
+        ValueError: no entry, an empty one, a parameter in two modalities, or a trainable one that
+            is not held; names them.
     """
     if not isinstance(groups, Mapping):
+        several = ": several optimizers go in one list, as in MMParetoOptimizer([muon, adamw])"
         raise TypeError(
-            "param_groups_by_modality must be a mapping from a modality's name to a module "
-            f"or its parameters, got {type(groups).__name__}{_if_optimizer(groups)}"
+            "param_groups_by_modality must be a mapping from a modality's name to a module or its "
+            f"parameters, got {type(groups).__name__}"
+            f"{several if isinstance(groups, Optimizer) else ''}"
         )
     if not groups:
         raise ValueError(
@@ -34,6 +82,12 @@ def parameters_by_modality(groups: Any) -> Modalities:
     if len({str(name) for name in groups}) < len(groups):
         raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
     modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
+    _check_disjoint(modalities)
+    check_held(modalities, held)
+    return modalities
+
+
+def _check_disjoint(modalities: Modalities) -> None:
     owner: dict[Tensor, str] = {}
     for modality, params in modalities.items():
         for param, name in params.items():
@@ -44,11 +98,10 @@ def parameters_by_modality(groups: Any) -> Modalities:
                     "its gradients added"
                 )
             owner[param] = modality
-    return modalities
 
 
 def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
-    """Raise ValueError if a trainable parameter of a modality is not in the optimizer."""
+    """Raise ValueError if a trainable parameter of a modality is not held."""
     known = set(held)
     for modality, params in modalities.items():
         for param, name in params.items():
@@ -68,8 +121,9 @@ def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
     else:
         items = [entry]
     params: dict[Tensor, str] = {}
-    for index, item in enumerate(_flattened(items)):
-        name, param = item if _is_pair(item) else (str(index), item)
+    for index, item in enumerate(_without_modules(items)):
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, param = item if is_pair else (str(index), item)
         if not isinstance(param, Tensor):
             raise TypeError(
                 f"modality {modality!r} must be modules, parameters or (name, parameter) "
@@ -81,20 +135,10 @@ def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
     return params
 
 
-def _flattened(items: Iterable[Any]) -> Iterator[Any]:
+def _without_modules(items: Iterable[Any]) -> Iterator[Any]:
     """Modules give way to their named parameters."""
     for index, item in enumerate(items):
         if isinstance(item, nn.Module):
             yield from ((f"{index}.{name}", param) for name, param in item.named_parameters())
         else:
             yield item
-
-
-def _if_optimizer(given: Any) -> str:
-    if not isinstance(given, Optimizer):
-        return ""
-    return ": several optimizers go in one list, as in MMParetoOptimizer([muon, adamw])"
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)

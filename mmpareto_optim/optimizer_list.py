@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mmpareto_optim.contract import needs_closure
+from mmpareto_optim.base_optimizer import needs_closure
 
 
 def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
@@ -32,10 +32,10 @@ def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
             )
     if not bases:
         raise ValueError("optimizer is an empty list: give at least one optimizer")
-    return bases[0] if len(bases) == 1 else Several(bases)
+    return bases[0] if len(bases) == 1 else OptimizerList(bases)
 
 
-class Several(Optimizer):
+class OptimizerList(Optimizer):
     """Steps each of its optimizers; its groups are theirs, one after the other.
 
     ``state_dict()`` is that of one optimizer with all the groups: torch.optim's own methods make
@@ -60,7 +60,7 @@ class Several(Optimizer):
                     f"{type(optimizer).__name__} evaluates the losses more than once in a step, "
                     "which the others cannot follow: give it alone"
                 )
-        _check_apart(self.optimizers)
+        _check_disjoint(self.optimizers)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ class Several(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """By parameter, what the optimizer that holds it keeps; a new mapping of the very dicts."""
-        return _States(self.optimizers)
+        return _StateByParameter(self.optimizers)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; a closure is evaluated once, before the first."""
@@ -97,11 +97,11 @@ class Several(Optimizer):
 
     def train(self) -> None:
         """Put those that have a mode (schedule-free ones) into that of training."""
-        self._call_where_there_is("train")
+        self._call_if_defined("train")
 
     def eval(self) -> None:
         """Put those that have a mode into that of evaluation."""
-        self._call_where_there_is("eval")
+        self._call_if_defined("eval")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: nobody knows which of them is meant."""
@@ -118,7 +118,7 @@ class Several(Optimizer):
         """Called after the last optimizer has stepped."""
         return self.optimizers[-1].register_step_post_hook(lambda _, *args: hook(self, *args))
 
-    def _call_where_there_is(self, name: str) -> None:
+    def _call_if_defined(self, name: str) -> None:
         for optimizer in self.optimizers:
             method = getattr(optimizer, name, None)
             if callable(method):
@@ -149,7 +149,7 @@ class Several(Optimizer):
             optimizer.__setstate__({"state": previous, "param_groups": own})
 
 
-class _States(dict[Tensor, Any]):
+class _StateByParameter(dict[Tensor, Any]):
     """The state of several optimizers; that of a parameter without one is made by its holder."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -164,7 +164,7 @@ class _States(dict[Tensor, Any]):
         raise KeyError(param)
 
 
-def _check_apart(optimizers: Sequence[Optimizer]) -> None:
+def _check_disjoint(optimizers: Sequence[Optimizer]) -> None:
     holder: dict[Tensor, int] = {}
     for number, optimizer in enumerate(optimizers):
         for index, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):

@@ -1,4 +1,4 @@
-"""Small parts of torch.optim's contract, for an optimizer around a base."""
+"""What a base optimizer must be, and torch.optim's contract for an optimizer around one."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def of_held(holder: str, name: str) -> Any:
+def forwarded_property(holder: str, name: str) -> Any:
     """An attribute of something that the optimizer holds, which reads and writes it there."""
 
     def write(self: Any, value: Any) -> None:
@@ -19,14 +19,14 @@ def of_held(holder: str, name: str) -> Any:
     return property(lambda self: getattr(getattr(self, holder), name), write)
 
 
-def handing_self(name: str) -> Any:
+def forwarded_hook(name: str) -> Any:
     """A method that registers a hook on the base, which is handed the optimizer around it."""
 
     def register(self: Any, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        def handed_self(_: Any, *given: Any) -> Any:
+        def with_self(_: Any, *given: Any) -> Any:
             return hook(self, *given)
 
-        return getattr(self.optimizer, name)(handed_self, *args, **options)
+        return getattr(self.optimizer, name)(with_self, *args, **options)
 
     register.__name__ = name
     register.__doc__ = "As in ``torch.optim``."
@@ -60,7 +60,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
 
 
 @contextmanager
-def naming_need_of_a_graph(base: Optimizer, integrated: Callable[[], bool]) -> Iterator[None]:
+def explaining_second_order(base: Optimizer, integrated: Callable[[], bool]) -> Iterator[None]:
     """The error of a base that differentiates integrated gradients once more, with its mend.
 
     Such bases (AdaHessian, SophiaH) tell nothing of it before they step; what they then raise is

@@ -1,24 +1,41 @@
-"""What the user is told of blocks and parameters."""
+"""What the user is told: warnings that point at his line, and the table of blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmpareto_optim.blocks import Block
-from mmpareto_optim.method import Method
-from mmpareto_optim.modalities import Modalities
+from mmpareto_optim.param_groups import describe
 from mmpareto_optim.stats import BlockStats
-from mmpareto_optim.told import warn
 
-SHOWN = 4
+PACKAGE = str(Path(__file__).parent)
+
+NAMES_SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
 
-LARGE = 1e4
-"""A coefficient beyond which a loss is told of, if its gradient is ``SMALL`` of the longest."""
+LARGE_COEFFICIENT = 1e4
+"""What a loss is warned of for, if its gradient is less than ``SMALL_NORM`` of the longest."""
 
-SMALL = 1e-3
+SMALL_NORM = 1e-3
+
+
+def warn(message: str) -> None:
+    """A ``UserWarning`` at the first line on the way here that is not this package's or torch's."""
+    level, frame = 1, sys._getframe(0)
+    while _is_inside(frame) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_inside(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return frame.f_code.co_filename.startswith(PACKAGE) or name.split(".")[0] == "torch"
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class BlockInfo:
         parameters: their names, or their places in ``param_groups`` and shapes.
         numbers: how many numbers they have together.
         integrated: whether a rule decided the coefficients; otherwise gradients were added.
+        joined: names of the blocks that are a part of this one, as they are too small for a
+            direction of their own.
     """
 
     name: str
@@ -39,6 +58,20 @@ class BlockInfo:
     parameters: tuple[str, ...]
     numbers: int
     integrated: bool
+    joined: tuple[str, ...] = ()
+
+    def cells(self) -> tuple[str, ...]:
+        """A line of the table."""
+        listed = ", ".join(self.parameters[:NAMES_SHOWN])
+        more = len(self.parameters) - NAMES_SHOWN
+        how = "integrated" if self.integrated else "added" if self.objectives else ""
+        return (
+            self.name,
+            ", ".join(map(str, self.objectives)),
+            f"{self.numbers:,}",
+            f"{how}, with {', '.join(self.joined)}" if self.joined else how,
+            f"{listed} and {more} more" if more > 0 else listed,
+        )
 
 
 class Blocks(tuple[BlockInfo, ...]):
@@ -50,7 +83,7 @@ class Blocks(tuple[BlockInfo, ...]):
         if not self:
             return "no backward yet"
         head = ("block", "losses", "numbers", "", "parameters")
-        lines = [head, *(_line(block) for block in self)]
+        lines = [head, *(block.cells() for block in self)]
         widths = [max(len(line[column]) for line in lines) for column in range(4)]
         return "\n".join(
             "  ".join([*map(str.ljust, line[:4], widths), line[4]]).rstrip() for line in lines
@@ -58,61 +91,62 @@ class Blocks(tuple[BlockInfo, ...]):
 
 
 @dataclass
-class AtFeatures:
-    """What was integrated at features, by the feature's name.
+class Seen:
+    """What a backward met with.
 
     Attributes:
-        stats: of each feature that two or more losses reach.
-        objectives: names of the losses that reach it.
-        behind: the leaves that it is computed from.
+        params: its parameters.
+        blocks: those at parameters.
+        feature_blocks: those at features, one each.
+        behind: by feature, the leaves that it is computed from.
     """
 
-    stats: dict[str, BlockStats] = field(default_factory=dict)
-    objectives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    params: Sequence[Tensor] = ()
+    blocks: Sequence[Block] = ()
+    feature_blocks: Sequence[Block] = ()
     behind: Mapping[str, set[Tensor]] = field(default_factory=dict)
 
 
-def block_table(
-    params: Sequence[Tensor],
-    blocks: Sequence[Block],
-    at_features: AtFeatures,
-    groups: Sequence[Mapping[str, Any]],
-) -> Blocks:
+def block_table(seen: Seen, groups: Sequence[Mapping[str, Any]]) -> Blocks:
     """The blocks of a backward.
 
     Args:
-        params: its parameters.
-        blocks: those at parameters.
-        at_features: what was integrated at features.
+        seen: what it met with.
         groups: dicts as ``torch.optim`` has them, which hold the parameters.
     """
     found = []
-    for name, leaves in at_features.behind.items():
-        members = [param for param in params if param in leaves]
-        objectives = at_features.objectives[name]
-        found.append(_info(name, objectives, members, groups, integrated=len(objectives) > 1))
-    for block in blocks:
-        members = [params[position] for position in block.positions]
-        found.append(
-            _info(block.name, block.objectives, members, groups, integrated=block.integrated)
-        )
+    for block in seen.feature_blocks:
+        members = [param for param in seen.params if param in seen.behind[block.name]]
+        found.append(_info(block, members, groups))
+    for block in seen.blocks:
+        members = [seen.params[position] for position in block.positions]
+        found.append(_info(block, members, groups))
     held = dict.fromkeys(param for group in groups for param in group["params"])
-    known = {params[position] for block in blocks for position in block.positions}
-    known.update(*at_features.behind.values())
+    known = {seen.params[position] for block in seen.blocks for position in block.positions}
+    known.update(*seen.behind.values())
     rest = [param for param in held if param not in known]
-    for name, of in (("(no loss)", True), ("(frozen)", False)):
-        members = [param for param in rest if param.requires_grad is of]
+    for name, trainable in (("(no loss)", True), ("(frozen)", False)):
+        members = [param for param in rest if param.requires_grad is trainable]
         if found and members:
-            found.append(_info(name, (), members, groups, integrated=False))
+            found.append(_info(Block(name, (), ()), members, groups))
     return Blocks(found)
 
 
-def warn_of_unheld(leaves: Sequence[Tensor], reaching: Callable[[Tensor], Sequence[str]]) -> None:
+def _info(
+    block: Block, members: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]
+) -> BlockInfo:
+    short = [describe(param, groups).removeprefix("parameter ").strip("'") for param in members]
+    numbers = sum(param.numel() for param in members)
+    return BlockInfo(
+        block.name, block.objectives, tuple(short), numbers, block.integrated, block.joined
+    )
+
+
+def warn_of_unheld(leaves: Mapping[Tensor, str]) -> None:
     """One warning of parameters among the leaves that the losses reach and nobody holds.
 
     Args:
-        leaves: what is behind the losses and not held.
-        reaching: names of the losses that one of them is behind.
+        leaves: what is behind the losses and not held, with the name of a loss.
     """
     unheld = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
     if not unheld:
@@ -120,12 +154,11 @@ def warn_of_unheld(leaves: Sequence[Tensor], reaching: Callable[[Tensor], Sequen
     unheld.sort(key=lambda param: (-param.numel(), tuple(param.shape)))
     shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
     more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
-    names = ", ".join(map(repr, reaching(unheld[0])))
     warn(
         f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
-        f"{more} (the first by loss {names}): they get no gradient. Give all optimizers, as in "
-        "MMParetoOptimizer([muon, adamw]), use GradientIntegrator(model.parameters()), or freeze "
-        "them with requires_grad_(False)"
+        f"{more} (the first by loss {leaves[unheld[0]]!r}): they get no gradient. Give all "
+        "optimizers, as in MMParetoOptimizer([muon, adamw]), use "
+        "GradientIntegrator(model.parameters()), or freeze them with requires_grad_(False)"
     )
 
 
@@ -158,24 +191,34 @@ def warn_of_line_search(base: str) -> None:
     )
 
 
+def warn_of_standing_block(name: str, zeros: int, steps: int) -> None:
+    """A warning of a block whose result was zero in most steps."""
+    warn(
+        f"block {name!r} has stood still in {zeros} of {steps} steps: no direction is common to "
+        "its losses' gradients there, as in a block of few numbers or near a Pareto-stationary "
+        'point. Join it to others by param_groups_by_modality, or use integration="uniform" or '
+        '"upgrad"'
+    )
+
+
 def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
-    """A warning of a loss that a rule multiplies by more than ``LARGE``, and whether there is one.
+    """A warning of a loss that a rule multiplies by more than ``LARGE_COEFFICIENT``, if there is one.
 
     Nearly opposite gradients of like lengths are multiplied as much, and not meant. Only on the
     CPU: elsewhere a look at the coefficients would wait for the device.
     """
     for block, of_block in stats.items():
         factors = of_block.coefficients
-        if type(factors) is not Tensor or factors.device.type != "cpu":
+        if factors.device.type != "cpu":
             continue
         if of_block.stretch is not None:
             factors = factors * of_block.stretch.max()
         numbers = factors.tolist()
         largest = max(numbers)
-        if largest > LARGE:
+        if largest > LARGE_COEFFICIENT:
             place = numbers.index(largest)
             norms = of_block.norms.tolist()
-            if norms[place] > SMALL * max(norms):
+            if norms[place] > SMALL_NORM * max(norms):
                 continue
             loss = of_block.objectives[place]
             warn(
@@ -187,53 +230,3 @@ def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
             )
             return True
     return False
-
-
-def settings_of(method: Method, modalities: Modalities | None) -> str:
-    """What was chosen, for a printed optimizer."""
-    integration = getattr(method.integration, "__name__", method.integration)
-    settings = f"integration={integration!r}"
-    if not callable(method.integration):
-        settings += f", gamma={method.factor}"
-    if method.integration == "mmpareto":
-        settings += f", rescale={method.rescale!r}"
-    blocks = "found by reach" if modalities is None else ", ".join(modalities)
-    return f"{settings}\n    blocks: {blocks}"
-
-
-def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
-    """A parameter's name for error messages, or where it stands."""
-    number, index, group = next(
-        (number, index, group)
-        for number, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-        if param is wanted
-    )
-    if "param_names" in group:
-        return f"parameter {group['param_names'][index]!r}"
-    return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
-
-
-def _info(
-    name: str,
-    objectives: tuple[str, ...],
-    members: Sequence[Tensor],
-    groups: Sequence[Mapping[str, Any]],
-    *,
-    integrated: bool,
-) -> BlockInfo:
-    short = [describe(param, groups).removeprefix("parameter ").strip("'") for param in members]
-    numbers = sum(param.numel() for param in members)
-    return BlockInfo(name, objectives, tuple(short), numbers, integrated)
-
-
-def _line(block: BlockInfo) -> tuple[str, ...]:
-    listed = ", ".join(block.parameters[:SHOWN])
-    more = len(block.parameters) - SHOWN
-    return (
-        block.name,
-        ", ".join(map(str, block.objectives)),
-        f"{block.numbers:,}",
-        "integrated" if block.integrated else "added" if block.objectives else "",
-        f"{listed} and {more} more" if more > 0 else listed,
-    )

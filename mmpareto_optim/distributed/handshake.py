@@ -1,18 +1,19 @@
 """What the ranks are about to do, compared before they do it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-Constants = tuple[tuple[str, Any], ...]
-"""By name, what must be alike on all ranks."""
+from mmpareto_optim.rows import Given
+from mmpareto_optim.types import Constants
+
+if TYPE_CHECKING:  # not in every build
+    from torch.distributed import ProcessGroup
 
 
 class DisagreementError(RuntimeError):
@@ -20,37 +21,59 @@ class DisagreementError(RuntimeError):
 
 
 class Plan(NamedTuple):
-    """What a rank is about to do."""
+    """What a rank is about to do.
+
+    Attributes:
+        constants: by name, what must be alike on all ranks.
+        losses: their names, in the order in which they are differentiated.
+        given: for each parameter whether the next loss gives it a gradient.
+        problem: why it does nothing, or None.
+    """
 
     constants: Constants = ()
-    reach: tuple[tuple[Any, tuple[bool, ...]], ...] = ()
+    losses: tuple[str, ...] = ()
+    given: Given = ()
     problem: str | None = None
 
 
-class Plans:
+class Handshake:
     """Compares the plans of a group's ranks.
 
     A rank that waits for another which never comes is the worst that can happen. Plans are
     compared by a few bytes on the host, which the device neither waits for nor is asked about.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: "ProcessGroup") -> None:
         self._group = group
-        self._host = group_on_the_host(group)
+        self._host = _group_on_the_host(group)
         self._failure: str | None = None
 
-    def compared(self, plan: Plan) -> list[Plan]:
+    def compare(self, plan: Plan) -> list[Plan]:
         """The plans of all ranks; just the own one where all are alike.
 
         Raises:
             DisagreementError: on all ranks, if constants differ or if one of them has failed.
         """
-        plans = self.exchanged(plan)
+        plans = self.exchange(plan)
         _check_alike(plans, [dist.get_global_rank(self._group, i) for i in range(len(plans))])
         return plans
 
+    def exchange(self, plan: Plan) -> list[Plan]:
+        """As :meth:`compare`, of which nothing is checked."""
+        if self._failure is not None:
+            raise DisagreementError(self._failure)
+        digest = _digest(plan)
+        extremes = torch.tensor([digest, -digest], dtype=torch.int64, device="cpu")
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._host)
+        largest, negated_smallest = extremes.tolist()
+        if largest == -negated_smallest:
+            return [plan]
+        plans: list[Plan | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(plans, plan, group=self._host)
+        return [each for each in plans if each is not None]
+
     @contextmanager
-    def out_of_step(self) -> Iterator[None]:
+    def agreed(self) -> Iterator[None]:
         """What fails in here has been agreed on: the others go on, and this rank must not.
 
         Raises:
@@ -65,20 +88,6 @@ class Plans:
                 f"{type(error).__name__}: {error}"
             )
             raise DisagreementError(self._failure) from error
-
-    def exchanged(self, plan: Plan) -> list[Plan]:
-        """As :meth:`compared`, of which nothing is checked."""
-        if self._failure is not None:
-            raise DisagreementError(self._failure)
-        digest = _digest(plan)
-        extremes = torch.tensor([digest, -digest], dtype=torch.int64, device="cpu")
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._host)
-        largest, negated_smallest = extremes.tolist()
-        if largest == -negated_smallest:
-            return [plan]
-        plans: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(plans, plan, group=self._host)
-        return plans
 
 
 def _check_alike(plans: Sequence[Plan], ranks: Sequence[int]) -> None:
@@ -99,7 +108,7 @@ def _check_alike(plans: Sequence[Plan], ranks: Sequence[int]) -> None:
                 )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 200 else f"{text[:100]} ... {text[-90:]}"
 
@@ -110,7 +119,7 @@ def _digest(plan: Plan) -> int:
     return int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:7], "big")
 
 
-def group_on_the_host(group: Any) -> Any:
+def _group_on_the_host(group: "ProcessGroup") -> "ProcessGroup":
     """A group of the same ranks that exchanges tensors of the CPU."""
     if "cpu:" in dist.get_backend_config(group):
         return group

@@ -1,0 +1,148 @@
+"""The losses' gradients at the outputs of the encoders, and one gradient behind them.
+
+Sener & Koltun (2018, Section 3.3) bound the norm in the min-norm problem by that of the
+gradients at a shared representation (MGDA-UB): the encoders are then passed through once,
+with the integrated gradient, and not once a loss.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.autograd import (
+    Edge,
+    by_autograd,
+    edge_of,
+    edges_behind,
+    raise_explained,
+    leaves_of,
+)
+from mmpareto_optim.messages import warn
+from mmpareto_optim.types import Describe, Features, Gradient, Losses
+
+
+class FeaturePaths:
+    """Which parameters are behind which feature, and the way through the encoders.
+
+    Args:
+        losses: scalars with a graph.
+        features: the encoders' outputs, which the losses are computed from.
+        params: leaf tensors that require a gradient.
+        describe: a parameter's name for error messages.
+
+    Attributes:
+        behind: for each feature the leaves that it is computed from.
+        heads: positions of the parameters that are behind none.
+        others_before: leaves that are not among the parameters, between losses and features.
+        others_behind: those behind the features.
+
+    Raises:
+        ValueError: a feature twice, or one that is computed from another; a parameter that a
+            loss reaches both through a feature and around it.
+    """
+
+    def __init__(
+        self, losses: Losses, features: Features, params: Sequence[Tensor], describe: Describe
+    ) -> None:
+        self.features = features
+        self.behind = _leaves_by_feature(features)
+        stops = {edge_of(feature) for feature in features.values()}
+        every = set[Tensor]().union(*self.behind.values())
+        before: set[Tensor] = set()
+        for name, loss in losses.items():
+            leaves = leaves_of(edges_behind([edge_of(loss)], stops))
+            _check_not_around(name, leaves & every.intersection(params), features, describe)
+            before |= leaves
+        self.heads = [i for i, param in enumerate(params) if param not in every]
+        self.others_before = list(before.difference(params))
+        self.others_behind = list(every.difference(params))
+
+    def through_encoders(
+        self, params: Sequence[Tensor], integrated: Sequence[Tensor], retain_graph: bool
+    ) -> Gradient:
+        """The gradient at the parameters, from the integrated one at each feature."""
+        try:
+            return by_autograd(
+                list(self.features.values()),
+                params,
+                self.others_behind,
+                along=integrated,
+                retain_graph=retain_graph,
+            )
+        except RuntimeError as error:
+            raise_explained(error, f"features {list(self.features)}")
+
+
+def _check_not_around(
+    loss: str, leaves: set[Tensor], features: Features, describe: Describe
+) -> None:
+    for param in leaves:
+        raise ValueError(
+            f"loss {loss!r} reaches {describe(param)} around the features "
+            f"{list(features)}: give the very tensors that the heads are called "
+            "with, all of them, or leave features out for the exact gradients"
+        )
+
+
+def _leaves_by_feature(features: Features) -> dict[str, set[Tensor]]:
+    """For each feature the leaves that it is computed from."""
+    names: dict[Edge, str] = {edge_of(feature): name for name, feature in features.items()}
+    if len(names) < len(features):
+        raise ValueError(f"two of the features {list(features)} are the same tensor: give it once")
+    leaves = {}
+    for name, feature in features.items():
+        own = edge_of(feature)
+        behind = list(edges_behind([own]))
+        for edge in behind:
+            if edge in names and edge != own:
+                raise ValueError(
+                    f"feature {name!r} is computed from feature {names[edge]!r}, whose gradient "
+                    "would count twice: give features that do not depend on each other"
+                )
+        leaves[name] = leaves_of(behind)
+    return leaves
+
+
+@contextmanager
+def hooks_set_aside(features: Sequence[Tensor]) -> Iterator[None]:
+    """No hook of a feature runs meanwhile, and none that retains its gradient.
+
+    In plain training they run once, on the whole gradient; so they do when the integrated one
+    goes on. The dict of hooks is private to PyTorch, which is why :func:`_are_set_aside` tries.
+    """
+    if not _are_set_aside():
+        warn(
+            "this PyTorch does not let hooks on a tensor be set aside: those on features run on "
+            "each loss's gradient and once more on the integrated one. Leave features out where "
+            "you have such hooks"
+        )
+    hooks = [getattr(feature, "_backward_hooks", None) for feature in features]
+    kept = [None if these is None else dict(these) for these in hooks]
+    retained = [feature.grad if feature.retains_grad else None for feature in features]
+    try:
+        for these in hooks:
+            if these is not None:
+                these.clear()
+        yield
+    finally:
+        for feature, these, before, grad in zip(features, hooks, kept, retained, strict=True):
+            if these is not None and before is not None:
+                these.update(before)
+            if feature.retains_grad:
+                feature.grad = grad
+
+
+@cache
+def _are_set_aside() -> bool:
+    """Whether hooks that are taken out of a tensor's dict do not run."""
+    feature = torch.ones(1, device="cpu", requires_grad=True) * 1
+    feature.register_hook(torch.neg)
+    hooks = getattr(feature, "_backward_hooks", None)
+    if not isinstance(hooks, dict):
+        return False
+    hooks.clear()
+    (gradient,) = torch.autograd.grad(feature, [feature])
+    return bool(gradient > 0)

@@ -1,1 +1,0 @@
-"""From losses to one gradient for each loss: at the parameters, or at the encoders' outputs."""

@@ -1,0 +1,40 @@
+"""``rescale="tensor"``: each parameter tensor is stretched by itself, as in the authors' code."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmpareto_optim.norms import norms_of
+from mmpareto_optim.rows import ONE, combine
+
+
+def combine_and_stretch(
+    rows: Sequence[Tensor],
+    coefficients: Sequence[float | Tensor],
+    gamma: Tensor,
+    sizes: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """``sum_i c_i row_i``, each tensor stretched to at least gamma times the norm of the sum.
+
+    Args:
+        rows: flat gradients of some parameters, one for each loss.
+        coefficients: one for each row.
+        gamma: factor on the norm of the plain sum, a scalar.
+        sizes: how many numbers of a row belong to each parameter.
+
+    Returns:
+        The result, and the factor of each parameter, shape ``(parameters,)``.
+    """
+    result = combine(rows, coefficients)
+    plain_sum = combine(rows, [ONE] * len(rows))
+    stretch = gamma.to(result.device) * _norms(plain_sum, sizes) / _norms(result, sizes)
+    stretch = stretch.to(result.dtype)  # in which it may be too large
+    stretch = torch.where(stretch.isfinite() & (stretch > 1), stretch, 1.0)
+    # repeat_interleave would want the sizes on the device: a copy that waits for it.
+    pairs = zip(stretch.unbind(), sizes, strict=True)
+    return result * torch.cat([factor.expand(size) for factor, size in pairs]), stretch
+
+
+def _norms(row: Tensor, sizes: Sequence[int]) -> Tensor:
+    return norms_of(row.split(list(sizes)))
