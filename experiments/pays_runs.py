@@ -264,7 +264,7 @@ def train_physics(job: Job, replayed: dict[str, Tensor] | None, data: Path | Non
     torch.manual_seed(job.seed)  # the same start and the same points for all methods
     net = Network()
     adam = torch.optim.Adam(net.parameters(), job.lr)
-    # Named: the last bias, which derivatives do not reach, would be a block of its own.
+    # Named as one block: derivatives do not reach the last bias, which belongs to it all the same.
     optimizer = MMParetoOptimizer(adam, {"net": net}, **INTEGRATIONS.get(job.method, {}))
     schedule = CosineAnnealingLR(optimizer, setting.length)
     weight = WEIGHTS.get(job.method, 1.0) * job.scale
