@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-all lint typecheck format docs clean
 
-# One thread: networks this small are faster so, and the figures are those of the README.
+# One thread, as for the README's numbers: networks this small are faster so. Another CPU can give others.
 demo: $(VENV)/.examples
 	OMP_NUM_THREADS=1 $(BIN)/python examples/colored_gray_digits.py
 

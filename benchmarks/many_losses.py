@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import Literal
 
 import numpy as np
 import torch
@@ -195,8 +194,8 @@ def torchjd(task: Task, at_once: int | None) -> Step:
     return step
 
 
-def ours(task: Task, memory: Literal["normal", "low"] = "normal") -> Step:
-    optimizer = MMParetoOptimizer(base_of(task.model), memory=memory)
+def ours(task: Task) -> Step:
+    optimizer = MMParetoOptimizer(base_of(task.model))
 
     def step() -> None:
         losses = task.losses_of(task.model)
@@ -213,7 +212,6 @@ METHODS: dict[str, Callable[[Task], Step]] = {
     "TorchJD, one at a time": lambda task: torchjd(task, 1),
     "TorchJD, batched": lambda task: torchjd(task, None),
     "ours": ours,
-    'ours, memory="low"': lambda task: ours(task, "low"),
 }
 FLOOR, PLAIN, RIVALS = "m-backward floor", "plain training", [n for n in METHODS if "JD" in n]
 

@@ -11,16 +11,15 @@ latency 100ms`` on both ends is the limit.
 Ratios are to a floor that differentiates each loss and, while the next one is differentiated, adds
 up its gradient over the ranks, in one collective; gradients are merely added. Steps are
 interleaved in an order drawn at random for each round; ratios are medians of those within a round,
-with the interval of that median by order statistics. Ours makes the averages of large gradients
-"one by one", while the next loss is differentiated, and of small ones "at the end", after the last
-backward; both are measured. Times are rank 0's, from one barrier to the next.
+with the interval of that median by order statistics. Times are rank 0's, from one barrier to the
+next. The tables of commit c0818d6 have two more rows: that version could average gradients "one by
+one", while the next loss is differentiated, or "at the end", after the last backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,7 +36,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpareto_optim import MMParetoOptimizer
-from mmpareto_optim.parallel import averaged
 
 FOLDER = Path(__file__).parent
 CASES: dict[str, tuple[Callable[[int], Task], int, int]] = {
@@ -100,13 +98,7 @@ def floor(task: Task) -> Step:
     return step
 
 
-def ours(
-    task: Task,
-    least: float = averaged.WORTH_OVERLAPPING,
-    *,
-    features: bool = False,
-    reduce_dtype: torch.dtype | None = None,
-) -> Step:
+def ours(task: Task, *, features: bool = False, reduce_dtype: torch.dtype | None = None) -> Step:
     optimizer = MMParetoOptimizer(base_of(task.model), reduce_dtype=reduce_dtype)
     trunk = task.model["trunk"]  # type: ignore[index]
     seen: dict[str, Tensor] = {}
@@ -115,9 +107,7 @@ def ours(
     def step() -> None:
         losses = {str(i): loss for i, loss in enumerate(task.losses_of(task.model))}
         optimizer.zero_grad()
-        before, averaged.WORTH_OVERLAPPING = averaged.WORTH_OVERLAPPING, least  # type: ignore
         optimizer.step(losses=losses, features=seen if features else None)
-        averaged.WORTH_OVERLAPPING = before
 
     return step
 
@@ -127,8 +117,6 @@ METHODS: dict[str, Callable[[Task], Step]] = {
     PLAIN: plain,
     FLOOR: floor,
     "ours": ours,
-    "ours, one by one": lambda task: ours(task, 0),
-    "ours, at the end": lambda task: ours(task, math.inf),
     "ours, in bfloat16": lambda task: ours(task, reduce_dtype=torch.bfloat16),
     "ours, features": lambda task: ours(task, features=True),
 }

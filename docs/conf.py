@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent.resolve()
 SHOWN = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
-    "benchmarks/FEATURE_SPACE.md": "evidence_feature_space.md",
+    "experiments/FEATURE_SPACE.md": "evidence_feature_space.md",
     "benchmarks/MANY_LOSSES.md": "evidence_many_losses.md",
     "benchmarks/RANKS_1GBIT.md": "evidence_ranks_1gbit.md",
     "benchmarks/RANKS_UNLIMITED.md": "evidence_ranks_unlimited.md",

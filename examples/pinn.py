@@ -121,7 +121,7 @@ def train(
     after_step: Callable[[], object],
 ) -> Run:
     net = Network()
-    # Named, because the last bias, which derivatives do not reach, would be a block of its own.
+    # Named as one block: derivatives do not reach the last bias, which belongs to it all the same.
     optimizer = MMParetoOptimizer(base_optimizer(net, options), {"net": net}, **METHODS[method])
     schedule = schedule_of(optimizer, options)
     weight = 100.0 if method == WEIGHTED else 1.0

@@ -91,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(names: tuple[set[str], set
 
 def test_the_sdist_holds_what_the_tests_need(names: tuple[set[str], set[str]]) -> None:
     in_sdist, _ = names
-    for folder in ("mmpareto_optim", "tests", "examples", "benchmarks"):
+    for folder in ("mmpareto_optim", "tests", "examples", "benchmarks", "experiments"):
         here = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
         assert here <= in_sdist
     root = {"LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "Makefile", "constraints.txt"}

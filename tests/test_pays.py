@@ -73,6 +73,31 @@ def test_watch_tells_harm_from_conflict() -> None:
     assert seen["coefficients"] == {"p+q": [[1, 1]] * 3}
 
 
+def test_products_across_parts_leave_out_those_within_one() -> None:
+    rows = torch.randn(5, 3, 2, 4, dtype=torch.float64)  # steps, parts, losses, numbers
+    watch, products = pays_runs.Watch(), pays_runs.AcrossParts()
+    for parts in rows:
+        products.add([{"mm+a": part} for part in parts])
+        watch.grams.setdefault("mm+a", []).append(parts.sum(0) @ parts.sum(0).T)
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    gram = sum(parts[i] @ parts[j].T for parts in rows for i, j in pairs)
+    assert isinstance(gram, torch.Tensor)
+    torch.testing.assert_close(products.sums["mm+a"], gram)
+    cosines = [torch.cosine_similarity(parts[:, 0].sum(0), parts[:, 1].sum(0), 0) for parts in rows]
+    assert products.result(watch)["cosine"]["mm+a"] == pytest.approx(float(np.median(cosines)))
+
+
+def test_gradients_of_the_encoders_are_those_of_each_loss() -> None:
+    model = small_model(0)
+    logits = model(torch.randn(6, 3), torch.randn(6, 3))
+    losses = {head: cross_entropy(output, torch.arange(6) % 5) for head, output in logits.items()}
+    found = pays_runs.encoder_gradients(model, losses)
+    assert list(found) == ["mm+a", "mm+b"]
+    expected = torch.autograd.grad(losses["b"], list(model.encoders["b"].parameters()))
+    flat = torch.cat([piece.flatten() for piece in expected])
+    torch.testing.assert_close(found["mm+b"][1], flat.double())
+
+
 def test_a_replay_is_the_mean_or_a_permutation(tmp_path: Path) -> None:
     rows = [[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]]
     for method in (CONSTANT, SHUFFLED):

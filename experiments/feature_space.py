@@ -1,7 +1,7 @@
 """Feature-space integration beside the exact one, on the examples' data; writes FEATURE_SPACE.md.
 
-    python benchmarks/feature_space.py                  # scikit-learn's digits
-    python benchmarks/feature_space.py --data-dir DIR   # and spoken with written digits
+    python experiments/feature_space.py                  # scikit-learn's digits
+    python experiments/feature_space.py --data-dir DIR   # and spoken with written digits
 
 For each seed both start from the same weights and see the same batches. At each step of the
 exact run the cosines at the features are taken as well, of the same losses at the same state:
@@ -164,7 +164,7 @@ def main() -> None:
     head = (
         "# Feature-space integration beside the exact one\n\n"
         f"{platform.machine()} CPU, PyTorch {torch.__version__}, seeds {seeds.start} to "
-        f"{seeds.stop - 1}. Written by `benchmarks/feature_space.py`; its docstring says what the "
+        f"{seeds.stop - 1}. Written by `experiments/feature_space.py`; its docstring says what the "
         "columns are.\n"
     )
     options.output.write_text("\n".join([head, *(page(n, runs) for n, runs in results.items())]))

@@ -154,7 +154,7 @@ def code() -> str:
     root = FOLDER.parent
     names = ("common", *MODULES)
     paths = [
-        *sorted((root / "mmpareto_optim").glob("*.py")),
+        *sorted((root / "mmpareto_optim").rglob("*.py")),
         *(root / "examples" / f"{name}.py" for name in names),
         Path(__file__),
     ]

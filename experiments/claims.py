@@ -1,7 +1,7 @@
 """Reruns the evidence for each claim of the paper; writes docs/evidence_paper.md, .json.
 
-    python benchmarks/claims.py                  # scikit-learn's digits
-    python benchmarks/claims.py --data-dir DIR   # and spoken with written digits (FSDD, MNIST)
+    python experiments/claims.py                  # scikit-learn's digits
+    python experiments/claims.py --data-dir DIR   # and spoken with written digits (FSDD, MNIST)
 
 A learning rate is chosen for each method on validation data with three seeds of their own; then
 every method is trained with the report's seeds. Finished runs are kept in --results and not redone.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -34,10 +35,13 @@ from claim_runs import (
 )
 from evidence import Row, compared, page, spread
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-from step_time import commit_here
 from workers import work_off
 
 import mmpareto_optim
+
+sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
+
+from step_time import commit_here
 
 PAIR = ("uniform", "uniform x 1.5", "conventional Pareto", "MMPareto", ALONE)
 ABLATIONS = tuple(method for method in METHODS if method not in PAIR)
@@ -243,7 +247,7 @@ def write_page(options: argparse.Namespace) -> None:
         "ablations": [described(row) for row in ablations],
     }
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    command = "python benchmarks/claims.py  # --data-dir DIR adds the spoken digits"
+    command = "python experiments/claims.py  # --data-dir DIR adds the spoken digits"
     options.output.write_text(page(rows, ablations, notes(options, document), command))
 
 

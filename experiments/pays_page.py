@@ -44,7 +44,7 @@ BATCH_HEADER = (
     "harmful: inertial",
     "harmful: skeleton",
     "accuracy",
-    "MMPareto less it, 95 %",
+    "MMPareto minus the sum, 95 %",
 )
 NOISE_HEADER = (
     "cosine: inertial",
@@ -110,7 +110,7 @@ def methods_table(setting: str, rows: Sequence[Row], finished: Finished) -> str:
             test = (row.measured, f"{row.p:.2g}", row.verdict)
             lines.append((f"{head} alone", rate, "", *cells, *test))
     score = ["error: median / quartiles"] if s.physics else ["both", *s.modalities]
-    header = ("method", "rate", *score, "MMPareto less it, 95 %", "p (Holm)", "MMPareto is")
+    header = ("method", "rate", *score, "MMPareto minus this, 95 %", "p (Holm)", "MMPareto is")
     return table(lines, header, 0)
 
 

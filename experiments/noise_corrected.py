@@ -1,11 +1,10 @@
 """An experiment: MMPareto decided by a Gram matrix without the batch's noise.
 
 Two gradients of one batch have its noise in common, so that their product is biased; products of
-different parts of the batch are not (``measure_noise=True``). Here the conflict and the min-norm
-weights of coloured and gray digits are taken from those, and the length from the gradients
-themselves.
+different parts of the batch are not. Here the conflict and the min-norm weights of coloured and
+gray digits are taken from those, and the length from the gradients themselves.
 
-    python benchmarks/noise_corrected.py --seeds 5
+    python experiments/noise_corrected.py --seeds 5
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from pinn import take_step
 from pinn_problems import PROBLEMS, Network, relative_error
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from mmpareto_optim import ConflictRecorder, MMParetoOptimizer
+from mmpareto_optim import MMParetoOptimizer
 
 Coefficients = dict[str, list[list[float]]]  # by block, a row a step
 
@@ -112,6 +112,50 @@ class Watch:
         return found
 
 
+class AcrossParts:
+    """Products of gradients of different parts of a batch, by block; they share no noise."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, parts: list[dict[str, Tensor]]) -> None:
+        """One step: for each part the gradients of a block's losses, a row each."""
+        for block in parts[0] if parts else ():
+            rows = torch.stack([part[block] for part in parts])
+            whole = rows.sum(0)
+            across = whole @ whole.T - (rows @ rows.mT).sum(0)
+            self.sums[block] = self.sums.get(block, 0) + across
+
+    def result(self, watch: Watch) -> Result:
+        """The median cosine of single steps, and that of the mean products of different parts."""
+        return {
+            "cosine": {
+                block: float(_cosine(torch.stack(grams)).nanmedian())
+                for block, grams in watch.grams.items()
+            },
+            "cosine_across": {block: float(_cosine(gram)) for block, gram in self.sums.items()},
+        }
+
+
+def _cosine(grams: Tensor) -> Tensor:
+    """Of two gradients; NaN where an estimated square is not positive."""
+    return grams[..., 0, 1] / (grams[..., 0, 0] * grams[..., 1, 1]).sqrt()
+
+
+def encoder_gradients(model: LateFusion, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By block the gradients of the joint loss and of the encoder's own, a row each."""
+    found = {}
+    for name, encoder in model.encoders.items():
+        params = list(encoder.parameters())
+        rows = [
+            torch.autograd.grad(losses[head], params, retain_graph=True) for head in ("mm", name)
+        ]
+        found[f"mm+{name}"] = torch.stack(
+            [torch.cat([piece.flatten().double() for piece in row]) for row in rows]
+        )
+    return found
+
+
 def _share(steps: Tensor) -> float:
     return round(100 * float(steps.float().mean()), 3)
 
@@ -149,37 +193,31 @@ def train_modalities(job: Job, replayed: dict[str, Tensor] | None, data: Path | 
     model = module_of(job.setting).make_model(job.method == JOINT)
     sgd = torch.optim.SGD(model.parameters(), lr=job.lr, momentum=0.9)
     settings = INTEGRATIONS.get(job.method, {})
-    optimizer = MMParetoOptimizer(sgd, measure_noise=job.parts > 1, **settings)
-    watch, recorder = Watch(), ConflictRecorder()
+    optimizer = MMParetoOptimizer(sgd, **settings)
+    watch, products = Watch(), AcrossParts()
     steps = iter(range(10**9))
 
     def take(batch: Split) -> None:
         coefficients = None if replayed is None else at_step(replayed, next(steps))
         optimizer.zero_grad()
+        rows = []
         for part in torch.arange(len(batch)).chunk(job.parts):
-            losses = modal_losses(model, batch[part], job, coefficients)
             share = len(part) / len(batch)
-            optimizer.backward({head: share * loss for head, loss in losses.items()})
+            losses = modal_losses(model, batch[part], job, coefficients)
+            losses = {head: share * loss for head, loss in losses.items()}
+            if job.parts > 1:
+                rows.append(encoder_gradients(model, losses))
+            optimizer.backward(losses)
         optimizer.step()
         watch.look(optimizer)
-        if job.parts > 1:
-            recorder.record(optimizer)
+        products.add(rows)
 
     options = argparse.Namespace(lr=job.lr, epochs=setting.length)
     for _ in epochs(model, optimizer, train, options, take, job.batch):
         pass
     scored = accuracy(model, batches(test, torch.arange(len(test)), 1000))
-    across = across_parts(recorder) if job.parts > 1 else {}
+    across = products.result(watch) if job.parts > 1 else {}
     return {"accuracy": scored, **watch.result(keep=job.method == MMPARETO), **across}
-
-
-def across_parts(recorder: ConflictRecorder) -> Result:
-    """By block the median cosine, and the cosine of the mean products of different parts."""
-    blocks = recorder.summary().blocks
-    return {
-        "cosine": {block.block: block.whole.cosine for block in blocks},
-        "cosine_across": {block.block: block.whole.cosine_across for block in blocks},
-    }
 
 
 def at_step(replayed: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -226,7 +264,7 @@ def train_physics(job: Job, replayed: dict[str, Tensor] | None, data: Path | Non
     torch.manual_seed(job.seed)  # the same start and the same points for all methods
     net = Network()
     adam = torch.optim.Adam(net.parameters(), job.lr)
-    # Named: the last bias, which derivatives do not reach, would be a block of its own.
+    # Named as one block: derivatives do not reach the last bias, which belongs to it all the same.
     optimizer = MMParetoOptimizer(adam, {"net": net}, **INTEGRATIONS.get(job.method, {}))
     schedule = CosineAnnealingLR(optimizer, setting.length)
     weight = WEIGHTS.get(job.method, 1.0) * job.scale

@@ -1,7 +1,7 @@
 """Does it pay? MMPareto against well-tuned plain sums, on multimodal data and physics.
 
-    python benchmarks/pays.py --data-dir DIR    # utd_mhad.npz, avletters.npz, fsdd.npz, mnist/: all
-    python benchmarks/pays.py --settings helmholtz digits       # need no data
+    python experiments/pays.py --data-dir DIR  # utd_mhad.npz, avletters.npz, fsdd.npz, mnist/: all
+    python experiments/pays.py --settings helmholtz digits  # need no data
 
 Every method gets the learning rate that is best on validation data (held-out training subjects,
 talkers or repetitions; for physics other seeds), then the report's seeds. Finished runs are kept in
