@@ -102,7 +102,6 @@ class Integrated:
         Args:
             parts: those that the gradients are sums of, if that is known.
         """
-        across = self._across(parts)
         found = {}
         for index, block in enumerate(self._blocks):
             gram = self._grams[index]
@@ -113,7 +112,6 @@ class Integrated:
                 self._coefficients[index],
                 self._method.factor if named else 1.0,
                 self._stretches[index],
-                across[index],
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Looking at a model without leaving a trace in it."""
+"""Measuring a model without leaving a trace in it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserved_state(model: nn.Module) -> Iterator[None]:
     """Put back the model's buffers (BatchNorm's statistics) and the random generators' states.
 
     These are the default generators of the CPU and of the devices that hold the model.
@@ -34,7 +34,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-def chosen_parameters(
+def trainable_parameters(
     model: nn.Module, params: nn.Module | Iterable[Tensor] | None
 ) -> list[Tensor]:
     """The trainable ones of ``params``, all of the model for None.

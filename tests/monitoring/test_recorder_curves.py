@@ -17,7 +17,7 @@ from torch import nn
 
 from mmpareto_optim import BlockStats, ConflictRecorder, MMParetoOptimizer, plot_conflict
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-from tests.test_recorder import optimizer_of, recorded_training
+from tests.monitoring.test_recorder import optimizer_of, recorded_training
 
 
 class Seen:

@@ -45,7 +45,7 @@ def plain_gradients(model: LateFusion, batches: Batches, loss: str, part: nn.Mod
 
 @pytest.mark.parametrize("chunk", [7, 2**16])
 def test_same_as_the_covariance_matrix(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.noise.CHUNK", chunk)
+    monkeypatch.setattr("mmpareto_optim.monitoring.gradient_noise.CHUNK_SIZE", chunk)
     model = LateFusion()
     batches = [audio_visual_batch() for _ in range(9)]
     found = gradient_noise(model, model.losses, batches, model.audio)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
+from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +85,13 @@ def loss_slices(
             "radius must be positive, points odd and at least 3, directions at least 1, got "
             f"radius={radius!r}, points={points!r}, directions={directions!r}"
         )
-    weights = [param for param in chosen_parameters(model, params) if param.ndim > 1]
+    weights = [param for param in trainable_parameters(model, params) if param.ndim > 1]
     if not weights:
         raise ValueError("params holds no weight of two or more dimensions, so there is no filter")
-    generator = torch.Generator().manual_seed(seed)
-    one_side = radius * torch.arange(1, points // 2 + 1, dtype=torch.float64) / (points // 2)
-    distances = torch.cat([-one_side.flip(0), torch.zeros(1, dtype=torch.float64), one_side])
+    generator = torch.Generator("cpu").manual_seed(seed)
+    half = points // 2
+    steps = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu")
+    distances = radius * steps / half
     middle = _loss_at(model, loss_fn)
     losses = []
     for _ in range(directions):
@@ -101,14 +102,14 @@ def loss_slices(
                 continue
             with _moved(weights, direction, distance):
                 losses.append(_loss_at(model, loss_fn))
-    table = torch.tensor(losses, dtype=torch.float64).view(directions, points)
-    return LossSlices(distances, table)
+    table = torch.tensor(losses, dtype=torch.float64, device="cpu")
+    return LossSlices(distances, table.view(directions, points))
 
 
 def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
     # Drawn on the CPU in one dtype, so that the seed gives the same direction everywhere.
-    random = torch.randn(weight.shape, generator=generator).flatten(1)
-    random = random.to(weight.device, torch.promote_types(weight.dtype, random.dtype))
+    random = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    random = random.flatten(1).to(weight.device, torch.promote_types(weight.dtype, random.dtype))
     own = torch.linalg.vector_norm(weight.detach().to(random).flatten(1), dim=1, keepdim=True)
     random *= own / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return random.view(weight.shape)
@@ -116,7 +117,7 @@ def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _moved(weights: list[Tensor], direction: list[Tensor], distance: float) -> Iterator[None]:
-    # By .data and not in place, for the reasons given in undisturbed().
+    # By .data and not in place, for the reasons given in preserved_state().
     originals = [weight.data for weight in weights]
     try:
         for weight, original, random in zip(weights, originals, direction, strict=True):
@@ -128,7 +129,7 @@ def _moved(weights: list[Tensor], direction: list[Tensor], distance: float) -> I
 
 
 def _loss_at(model: nn.Module, loss_fn: Callable[[], Tensor | float]) -> float:
-    with undisturbed(model), torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         loss = loss_fn()
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from mmpareto_optim.gradients.exact import gradients_of, grads_set_aside
 from mmpareto_optim.gradients.losses import check_losses
 from mmpareto_optim.ground import Gradient
-from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
+from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 from mmpareto_optim.rules import solver_dtype
 
 Batch = TypeVar("Batch")
 
-# Numbers of one gradient that are brought to float64 at a time.
-CHUNK = 2**16
+# Numbers of all gradients together that are brought to float64 at a time.
+CHUNK_SIZE = 2**21
 
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """A loss's gradient over ``n`` batches: its mean and its batch-sampling covariance C.
+    """A loss's gradient ``g`` over ``n`` batches: its mean and its batch-sampling covariance C.
 
     Attributes:
         batches: the number ``n`` of batches.
@@ -33,12 +33,19 @@ class GradientNoise:
             overestimates C's own, the more so the fewer the batches: with noise that is equal in
             all of many directions it is near ``trace / (n - 1)`` whatever C's is. Compare
             losses at the same ``n``.
+        products: by loss, an unbiased estimate of the inner product of this loss's expected
+            gradient and that one's; this loss's own entry is ``squared_norm``.
+        cosines: by loss, ``products`` over the roots of the two ``squared_norm``: below 0 the
+            losses conflict in expectation. Not confined to [-1, 1], as an estimate; NaN where a
+            ``squared_norm`` is not positive.
     """
 
     batches: int
     squared_norm: float
     trace: float
     largest_eigenvalue: float
+    products: Mapping[str, float]
+    cosines: Mapping[str, float]
 
     @property
     def norm(self) -> float:
@@ -52,7 +59,7 @@ def gradient_noise(
     batches: Iterable[Batch],
     params: nn.Module | Iterable[Tensor] | None = None,
 ) -> dict[str, GradientNoise]:
-    """Magnitude and batch-sampling covariance of each loss's gradient, at the present parameters.
+    """Magnitude, noise and products of the losses' gradients, at the present parameters.
 
     The quantities of Assumption 1 of Wei & Hu (ICML 2024): of an encoder's two gradients the
     unimodal one is the longer and has the larger covariance::
@@ -60,15 +67,19 @@ def gradient_noise(
         noise = gradient_noise(model, losses_of, islice(loader, 32), model.audio)
         print(noise["mm"].norm, noise["audio"].norm)
         print(noise["mm"].trace, noise["audio"].trace)
+        print(noise["mm"].cosines["audio"])
+
+    Two losses' gradients of one batch share its examples, and that part of their noise adds to
+    their product. ``products`` are made of different batches only: with ``g_ik`` the gradient of
+    loss i in batch k and ``S_i`` its sum over the batches, they are
+    ``(S_i . S_j - sum_k g_ik . g_jk) / (n (n - 1))``, the mean over all pairs of different
+    batches (a U-statistic: Hoeffding 1948).
 
     The estimates hold for batches drawn independently. For those of one shuffled epoch of M
     batches ``trace`` holds too, and ``squared_norm`` is too small by ``trace / M`` on average.
     The covariance is that of a batch of the given size: it goes as one over the size, and a
     shorter last batch spoils it (``drop_last=True``). Dropout adds its own noise in training
-    mode; so it does in training.
-
-    The covariance is never formed: its trace and eigenvalues are those of the ``(n, n)`` Gram
-    matrix of the centred gradients. Memory: ``n`` gradients of ``params`` for each loss.
+    mode; so it does in training. Memory: ``n`` gradients of ``params`` for each loss.
 
     Args:
         model: in the mode that is wanted. Its parameters, ``.grad`` and buffers (BatchNorm's
@@ -86,9 +97,10 @@ def gradient_noise(
         ValueError: fewer than two batches; batches with different losses; no loss reaches
             ``params``; a gradient that is not finite (names the loss and the batch).
     """
-    chosen = chosen_parameters(model, params)
+    chosen = trainable_parameters(model, params)
+    names = {param: f"parameter {name!r}" for name, param in model.named_parameters()}
     samples: list[dict[str, Gradient]] = []
-    with undisturbed(model), torch.enable_grad():
+    with preserved_state(model), torch.enable_grad():
         for number, batch in enumerate(batches):
             losses = loss_fn(batch)
             check_losses(losses)
@@ -98,55 +110,73 @@ def gradient_noise(
                     f"{list(samples[0])}: return the same losses for every batch"
                 )
             with grads_set_aside(chosen):
-                samples.append(gradients_of(losses, chosen, lambda p: _describe(model, p)))
+                samples.append(gradients_of(losses, chosen, names.__getitem__))
     if len(samples) < 2:
         raise ValueError(f"batches has {len(samples)} batches: a covariance takes at least two")
-    noise = {}
-    for name in list(samples[0]):
-        gradients = [sample.pop(name) for sample in samples]
-        if any(part is not None for gradient in gradients for part in gradient):
-            noise[name] = _noise(name, gradients)
-    if not noise:
+    gradients = {name: [sample[name] for sample in samples] for name in samples[0]}
+    reaching = {
+        name: of_batches
+        for name, of_batches in gradients.items()
+        if any(part is not None for gradient in of_batches for part in gradient)
+    }
+    if not reaching:
         raise ValueError("no loss reaches params: give parameters that the losses depend on")
-    return noise
-
-
-def _describe(model: nn.Module, wanted: Tensor) -> str:
-    return next(
-        f"parameter {name!r}" for name, param in model.named_parameters() if param is wanted
-    )
+    return _estimate(reaching)
 
 
 @torch.no_grad()
-def _noise(loss: str, gradients: list[Gradient]) -> GradientNoise:
-    n = len(gradients)
-    gram = torch.zeros(n, n, dtype=torch.float64)
-    squared_mean = 0.0
-    finite = torch.ones(n, dtype=torch.bool)
-    for parts in zip(*gradients, strict=True):
+def _estimate(gradients: Mapping[str, Sequence[Gradient]]) -> dict[str, GradientNoise]:
+    """From each loss's gradients of ``n`` batches, by products of the means and of the rest.
+
+    The covariance is never formed: its trace and eigenvalues are those of the ``(n, n)`` Gram
+    matrix of the centred gradients.
+    """
+    names = list(gradients)
+    m, n = len(names), len(gradients[names[0]])
+    of_means = torch.zeros(m, m, dtype=torch.float64, device="cpu")
+    centred_grams = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
+    covariances = torch.zeros(m, m, dtype=torch.float64, device="cpu")
+    finite = torch.ones(m, n, dtype=torch.bool, device="cpu")
+    flat = [gradient for of_batches in gradients.values() for gradient in of_batches]
+    for parts in zip(*flat, strict=True):
         for rows in _chunks(parts):
-            mean = rows.mean(0)
-            centred = rows - mean
-            gram += (centred @ centred.T).cpu()
-            squared_mean += float(mean.square().sum())
-            finite &= rows.isfinite().all(1).cpu()
+            each = rows.view(m, n, -1)
+            means = each.mean(1)
+            centred = each - means.unsqueeze(1)
+            of_means += (means @ means.T).cpu()
+            centred_grams += (centred @ centred.mT).cpu()
+            covariances += (centred.flatten(1) @ centred.flatten(1).T).cpu() / (n - 1)
+            finite &= each.isfinite().all(2).cpu()
     if not finite.all():
-        batch = int((~finite).nonzero()[0])
-        raise ValueError(f"loss {loss!r} has a gradient that is not finite in batch {batch}")
-    covariance = gram / (n - 1)
-    trace = float(covariance.trace())
-    # The mean of n gradients is itself noisy: its square is too long by tr C / n.
-    squared_norm = squared_mean - trace / n
-    return GradientNoise(n, squared_norm, trace, float(torch.linalg.eigvalsh(covariance)[-1]))
+        i, batch = (~finite).nonzero()[0].tolist()
+        raise ValueError(f"loss {names[i]!r} has a gradient that is not finite in batch {batch}")
+    # The means share the noise of each batch. Without them large means would cancel.
+    products = of_means - covariances / n
+    squares = products.diagonal()
+    norms = squares.where(squares > 0, math.nan).sqrt()
+    cosines = products / norms / norms.unsqueeze(1)
+    eigenvalues = torch.linalg.eigvalsh(centred_grams / (n - 1))[:, -1]
+    return {
+        name: GradientNoise(
+            n,
+            float(squares[i]),
+            float(covariances[i, i]),
+            float(eigenvalues[i]),
+            dict(zip(names, products[i].tolist(), strict=True)),
+            dict(zip(names, cosines[i].tolist(), strict=True)),
+        )
+        for i, name in enumerate(names)
+    }
 
 
 def _chunks(parts: Sequence[Tensor | None]) -> Iterator[Tensor]:
-    """The batches' gradients of one parameter as rows ``(n, numbers)``, a piece at a time."""
+    """The gradients of one parameter as rows ``(gradients, numbers)``, a piece at a time."""
     like = next((part for part in parts if part is not None), None)
     if like is None:
         return
     rows = [torch.zeros_like(like) if part is None else part.resolve_conj() for part in parts]
     if like.is_complex():
         rows = [torch.view_as_real(row) for row in rows]
-    for pieces in zip(*(row.reshape(-1).split(CHUNK) for row in rows), strict=True):
+    size = max(1, CHUNK_SIZE // len(rows))
+    for pieces in zip(*(row.reshape(-1).split(size) for row in rows), strict=True):
         yield torch.stack(pieces).to(solver_dtype(like))

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmpareto_optim.insight.flatness import LossSlices
-from mmpareto_optim.insight.recorder import ConflictRecorder, Row
+from mmpareto_optim.monitoring.flatness import LossSlices
+from mmpareto_optim.monitoring.recorder import ConflictRecorder, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Curve = NDArray[np.float64]
+Style = dict[str, str]
 
-STYLES = ("-", "--", ":", "-.")
-PARTS = 20
-LINES = 6
+LINE_STYLES = ("-", "--", ":", "-.")
+RATE_POINTS = 20
+MAX_CURVES = 6
 """Blocks, and curves of a block, up to which each is drawn."""
 WORST = 3
 """Curves that are drawn of more."""
@@ -31,22 +32,15 @@ BELOW_AXES = 0.5
 """Inches that ticks and a label take below the axes."""
 
 
-class Look(NamedTuple):
-    """Of a curve."""
-
-    colour: str
-    style: str
-
-
 def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     """Cosines over steps, rates of conflict and harm, and norm of the first loss over the others'.
 
     Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
-    rates are those of twenty equal parts of the training. Steps whose gradients are not finite
-    are left out. Of more than six curves of a block,
-    pairs of losses or ratios, the three that are lowest or farthest from 1 on average are drawn,
-    and a band from the lowest to the highest of the others; of more than six blocks those that
-    are most often in conflict.
+    rates are those of twenty equal parts of the training; steps whose gradients are not finite,
+    and those with fewer than two that are not zero, do not count. Of more than six curves of a
+    block, pairs of losses or ratios, the three that are lowest or farthest from 1 on average are
+    drawn, and a band from the lowest to the highest of the others; of more than six blocks those
+    that are most often in conflict.
 
     Args:
         recorded: a recorder, or the rows of :meth:`ConflictRecorder.rows` in their order, which
@@ -68,14 +62,15 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     by_epoch = all(row["epoch"] is not None for table in blocks.values() for row in table)
     figure = _figure(3)
     cosine, rate, ratio = figure.subplots(1, 3)
-    shown = _most_in_conflict(blocks)
+    by_conflict = sorted(blocks, key=lambda key: -_column(blocks[key], "conflict").mean())
+    shown = [key for key in blocks if key in by_conflict[:MAX_CURVES]]
     if len(shown) < len(blocks):
         figure.suptitle(f"The {len(shown)} of {len(blocks)} blocks most often in conflict")
-    for number, ((block, _), table) in enumerate(shown.items()):
-        looks = _looks(number, len(blocks))
-        _plot_cosines(cosine, block, table, looks)
-        _plot_rates(rate, block, table, looks[0].colour, by_epoch=by_epoch)
-        _plot_ratios(ratio, block, table, looks)
+    for number, key in enumerate(shown):
+        styles = _styles(number, len(blocks))
+        _plot_cosines(cosine, key[0], blocks[key], styles)
+        _plot_rates(rate, key[0], blocks[key], styles[0]["color"], by_epoch=by_epoch)
+        _plot_ratios(ratio, key[0], blocks[key], styles)
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(title="Cosine between gradients", xlabel="step")
     rate.set(title="Steps in conflict, and harmful", ylabel="%", ylim=(-3, 103))
@@ -104,14 +99,12 @@ def plot_slices(slices: Mapping[str, LossSlices]) -> Figure:
         raise ValueError("no slices: give at least one")
     figure = _figure(1)
     axes = figure.subplots()
-    for number, (name, these) in enumerate(slices.items()):
-        distances, losses = these.distances.numpy(), these.losses.numpy()
+    for number, (name, of_model) in enumerate(slices.items()):
+        distances, losses = of_model.distances.numpy(), of_model.losses.numpy()
         rises = losses - losses[:, losses.shape[1] // 2, None]
-        middle, spread = rises.mean(0), rises.std(0)
-        axes.plot(distances, middle, f"C{number}", label=f"{name}: {these.sharpness:.3g}")
-        axes.fill_between(
-            distances, middle - spread, middle + spread, color=f"C{number}", alpha=0.2
-        )
+        mean, spread, color = rises.mean(0), rises.std(0), f"C{number}"
+        axes.plot(distances, mean, color, label=f"{name}: {of_model.sharpness:.3g}")
+        axes.fill_between(distances, mean - spread, mean + spread, color=color, alpha=0.2)
     axes.set(title="Rise of the loss", xlabel="distance / length of the weights")
     axes.legend(title="sharpness", fontsize="small")
     return figure
@@ -146,88 +139,80 @@ def _legends_below(figure: Figure) -> None:
     figure.set_figheight(figure.get_figheight() + LEGEND_LINE * entries)
 
 
-def _most_in_conflict(blocks: dict[tuple[str, str], list[Row]]) -> dict[Any, list[Row]]:
-    """In their order, as many blocks as there is room for."""
-    order = sorted(blocks, key=lambda key: -_column(blocks[key], "conflict").mean())
-    return {key: rows for key, rows in blocks.items() if key in order[:LINES]}
+def _styles(number: int, blocks: int) -> list[Style]:
+    """Those of a block's curves: a color each if there is no other block, otherwise a line style."""
+    if blocks == 1:
+        return [{"color": f"C{index}", "linestyle": "-"} for index in range(MAX_CURVES)]
+    line_styles = islice(cycle(LINE_STYLES), MAX_CURVES)
+    return [{"color": f"C{number}", "linestyle": line_style} for line_style in line_styles]
 
 
-def _plot_cosines(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
+def _plot_cosines(axes: Axes, block: str, rows: list[Row], styles: list[Style]) -> None:
     pairs = [column for column in rows[0] if column.startswith("cosine/")]
-    curves = np.array([_moving_mean(_column(rows, column)) for column in pairs])
-    labels = [f"{_short(block)}: {_short(column.removeprefix('cosine/'))}" for column in pairs]
+    curves = np.array([_moving_mean(_column(rows, pair)) for pair in pairs])
+    labels = [f"{_short(block)}: {_short(pair.removeprefix('cosine/'))}" for pair in pairs]
     if len(pairs) == 1:
         labels = [block]
-    steps = _moving_mean(_column(rows, "step"))
     rest = f"{_short(block)}: other pairs"
-    _plot_curves(axes, steps, curves, labels, _mean(curves), rest, looks)
+    _plot_curves(axes, rows, curves, labels, _mean(curves), rest, styles)
 
 
-def _plot_ratios(axes: Axes, block: str, rows: list[Row], looks: list[Look]) -> None:
-    first, *others = [c.removeprefix("norm/") for c in rows[0] if c.startswith("norm/")]
+def _plot_ratios(axes: Axes, block: str, rows: list[Row], styles: list[Style]) -> None:
+    norms = {c.removeprefix("norm/"): _column(rows, c) for c in rows[0] if c.startswith("norm/")}
+    first, *others = norms
     with np.errstate(divide="ignore", invalid="ignore"):
-        logarithms = [
-            np.log(_column(rows, f"norm/{first}") / _column(rows, f"norm/{other}"))
-            for other in others
-        ]
+        logarithms = [np.log(norms[first] / norms[other]) for other in others]
     curves = np.array([_moving_mean(logarithm) for logarithm in logarithms])
     labels = [f"{first} / {other}" for other in others]
     if f"{first}+{others[0]}" != block:
         labels = [f"{_short(block)}: {label}" for label in labels]
-    steps = _moving_mean(_column(rows, "step"))
     rest = f"{_short(block)}: {first} / others"
-    _plot_curves(axes, steps, np.exp(curves), labels, -np.abs(_mean(curves)), rest, looks)
+    _plot_curves(axes, rows, np.exp(curves), labels, -np.abs(_mean(curves)), rest, styles)
 
 
 def _plot_curves(
     axes: Axes,
-    steps: Curve,
+    rows: list[Row],
     curves: Curve,
     labels: list[str],
     order: Curve,
-    of_rest: str,
-    looks: list[Look],
+    rest_label: str,
+    styles: list[Style],
 ) -> None:
     """All curves where they are few; otherwise the first in some order, and where the rest lie."""
+    steps = _moving_mean(_column(rows, "step"))
     shown = np.arange(len(curves))
-    if len(curves) > LINES:
+    if len(curves) > MAX_CURVES:
         shown, rest = np.split(np.argsort(order, kind="stable"), [WORST])
         low, high = np.fmin.reduce(curves[rest]), np.fmax.reduce(curves[rest])
-        pale: dict[str, Any] = {"color": looks[0].colour, "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(steps, low, high, label=of_rest, **pale)
-    for index, look in zip(shown, looks, strict=False):
-        axes.plot(steps, curves[index], look.colour, linestyle=look.style, label=labels[index])
+        pale: dict[str, Any] = {"color": styles[0]["color"], "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(steps, low, high, label=rest_label, **pale)
+    for index, style in zip(shown, styles, strict=False):
+        axes.plot(steps, curves[index], style["color"], ls=style["linestyle"], label=labels[index])
 
 
-def _plot_rates(axes: Axes, block: str, rows: list[Row], colour: str, *, by_epoch: bool) -> None:
-    norms = [column for column in rows[0] if column.startswith("norm/")]
-    rows = [row for row in rows if all(np.isfinite(row[norm]) for norm in norms)]
+def _plot_rates(axes: Axes, block: str, rows: list[Row], color: str, *, by_epoch: bool) -> None:
+    columns = [column for column in rows[0] if column.startswith("norm/")]
+    norms = np.array([_column(rows, column) for column in columns])
+    counted = np.isfinite(norms).all(0) & ((norms > 0).sum(0) > 1)
+    rows = [row for row, counts in zip(rows, counted, strict=True) if counts]
     steps = _column(rows, "epoch" if by_epoch else "step")
     if by_epoch:
         places = np.unique(steps)
         parts = [np.flatnonzero(steps == place) for place in places]
     else:
-        parts = np.array_split(np.arange(len(rows)), min(PARTS, len(rows))) if rows else []
-        places = np.array([steps[part].mean() for part in parts])
-    for column, style in (("conflict", "-"), ("harmful", "--")):
+        parts = np.array_split(np.arange(len(rows)), min(RATE_POINTS, len(rows)) or 1)
+        places = np.array([steps[part].mean() for part in parts if len(part)])
+    for column, linestyle in (("conflict", "-"), ("harmful", "--")):
         flags = _column(rows, column)
-        rates = 100 * np.array([flags[part].mean() for part in parts])
+        rates = 100 * np.array([flags[part].mean() for part in parts if len(part)])
         label = f"{_short(block)}: {column}"
-        axes.plot(places, rates, color=colour, marker=".", linestyle=style, label=label)
-
-
-def _looks(number: int, blocks: int) -> list[Look]:
-    """Those of a block's curves: a colour each if there is no other block, otherwise a style."""
-    if blocks == 1:
-        return [Look(f"C{index}", "-") for index in range(LINES)]
-    return [Look(f"C{number}", style) for style in islice(cycle(STYLES), LINES)]
+        axes.plot(places, rates, color=color, marker=".", linestyle=linestyle, label=label)
 
 
 def _mean(curves: Curve) -> Curve:
     """Over the steps of each curve, leaving out what is not finite."""
-    finite = np.isfinite(curves)
-    count = np.maximum(finite.sum(1), 1)
-    mean: Curve = np.where(finite, curves, 0).sum(1) / count
+    mean: Curve = np.ma.masked_invalid(curves).mean(1).filled(0.0)
     return mean
 
 

@@ -14,8 +14,8 @@ from mmpareto_optim import (
     MMParetoOptimizer,
     plot_conflict,
 )
-from mmpareto_optim.insight.recorder import Row
-from mmpareto_optim.insight.tracks import PACK
+from mmpareto_optim.monitoring.recorder import Row
+from mmpareto_optim.monitoring.history import PACK_SIZE
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -71,7 +71,7 @@ def recorded_training(steps: int) -> ConflictRecorder:
 
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.tracks.PACK", 16)
+    monkeypatch.setattr("mmpareto_optim.monitoring.history.PACK_SIZE", 16)
     model = LateFusion()
     opt = optimizer_of(model, rescale=rescale)
     recorder = ConflictRecorder()
@@ -196,7 +196,7 @@ def test_recording_reads_nothing_back() -> None:
     recorder = ConflictRecorder()
     batch = tuple(tensor.to("meta") for tensor in audio_visual_batch())
     opt.step(losses=model.losses(batch))  # type: ignore[arg-type]
-    for _ in range(PACK + 1):
+    for _ in range(PACK_SIZE + 1):
         recorder.record(opt)
 
 
@@ -211,7 +211,7 @@ def test_recording_does_not_wait_for_the_gpu(rescale: str) -> None:
         opt.step(losses=model.losses(audio_visual_batch()))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(PACK + 1):
+        for _ in range(PACK_SIZE + 1):
             recorder.record(opt)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -340,11 +340,11 @@ def test_a_state_is_no_view() -> None:
     recorder.record(opt)
     state, before = recorder.state_dict(), recorder.rows()
     other.load_state_dict(state)
-    state["tracks"][0]["table"].zero_()
+    state["histories"][0]["table"].zero_()
     other.record(opt)
     assert recorder.rows() == before
     assert other.rows()[: len(before)] == before
-    assert len(recorder.state_dict()["tracks"][0]["when"]) == 1
+    assert len(recorder.state_dict()["histories"][0]["steps"]) == 1
 
 
 def test_an_empty_recorder_is_saved_too(tmp_path: Path) -> None:
