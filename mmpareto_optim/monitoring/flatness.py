@@ -1,7 +1,6 @@
 """How flat the loss is around the parameters that a training reached."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -92,16 +91,14 @@ def loss_slices(
     half = points // 2
     steps = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu")
     distances = radius * steps / half
-    middle = _loss_at(model, loss_fn)
+    middle = _loss_at(model, loss_fn, [], [], 0.0)
     losses = []
     for _ in range(directions):
         direction = [_filter_normalised(weight, generator) for weight in weights]
-        for distance in distances.tolist():
-            if distance == 0:
-                losses.append(middle)
-                continue
-            with _moved(weights, direction, distance):
-                losses.append(_loss_at(model, loss_fn))
+        losses += [
+            _loss_at(model, loss_fn, weights, direction, distance) if distance else middle
+            for distance in distances.tolist()
+        ]
     table = torch.tensor(losses, dtype=torch.float64, device="cpu")
     return LossSlices(distances, table.view(directions, points))
 
@@ -115,22 +112,23 @@ def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
     return random.view(weight.shape)
 
 
-@contextmanager
-def _moved(weights: list[Tensor], direction: list[Tensor], distance: float) -> Iterator[None]:
+def _loss_at(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor | float],
+    weights: list[Tensor],
+    direction: list[Tensor],
+    distance: float,
+) -> float:
     # By .data and not in place, for the reasons given in preserved_state().
     originals = [weight.data for weight in weights]
     try:
         for weight, original, random in zip(weights, originals, direction, strict=True):
             weight.data = (original + distance * random).to(original)
-        yield
+        with preserved_state(model), torch.no_grad():
+            loss = loss_fn()
     finally:
         for weight, original in zip(weights, originals, strict=True):
             weight.data = original
-
-
-def _loss_at(model: nn.Module, loss_fn: Callable[[], Tensor | float]) -> float:
-    with preserved_state(model), torch.no_grad():
-        loss = loss_fn()
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it with .mean()"

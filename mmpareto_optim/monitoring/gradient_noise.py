@@ -98,7 +98,7 @@ def gradient_noise(
             ``params``; a gradient that is not finite (names the loss and the batch).
     """
     chosen = trainable_parameters(model, params)
-    names = {param: f"parameter {name!r}" for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     samples: list[dict[str, Gradient]] = []
     with preserved_state(model), torch.enable_grad():
         for number, batch in enumerate(batches):
@@ -110,35 +110,34 @@ def gradient_noise(
                     f"{list(samples[0])}: return the same losses for every batch"
                 )
             with grads_set_aside(chosen):
-                samples.append(gradients_of(losses, chosen, names.__getitem__))
+                samples.append(gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}"))
     if len(samples) < 2:
         raise ValueError(f"batches has {len(samples)} batches: a covariance takes at least two")
-    gradients = {name: [sample[name] for sample in samples] for name in samples[0]}
-    reaching = {
-        name: of_batches
-        for name, of_batches in gradients.items()
-        if any(part is not None for gradient in of_batches for part in gradient)
-    }
+    reaching = [
+        name
+        for name in samples[0]
+        if any(part is not None for sample in samples for part in sample[name])
+    ]
     if not reaching:
         raise ValueError("no loss reaches params: give parameters that the losses depend on")
-    return _estimate(reaching)
+    return _estimate(reaching, samples)
 
 
 @torch.no_grad()
-def _estimate(gradients: Mapping[str, Sequence[Gradient]]) -> dict[str, GradientNoise]:
-    """From each loss's gradients of ``n`` batches, by products of the means and of the rest.
+def _estimate(
+    names: Sequence[str], samples: Sequence[Mapping[str, Gradient]]
+) -> dict[str, GradientNoise]:
+    """What the gradients of ``n`` batches say of each loss.
 
     The covariance is never formed: its trace and eigenvalues are those of the ``(n, n)`` Gram
     matrix of the centred gradients.
     """
-    names = list(gradients)
-    m, n = len(names), len(gradients[names[0]])
+    m, n = len(names), len(samples)
     of_means = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     centred_grams = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
     covariances = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     finite = torch.ones(m, n, dtype=torch.bool, device="cpu")
-    flat = [gradient for of_batches in gradients.values() for gradient in of_batches]
-    for parts in zip(*flat, strict=True):
+    for parts in zip(*(sample[name] for name in names for sample in samples), strict=True):
         for rows in _chunks(parts):
             each = rows.view(m, n, -1)
             means = each.mean(1)

@@ -23,7 +23,7 @@ PLOT_COLUMNS = ("conflict", "harmful", "norms", "cosines")
 class RecordedStep(NamedTuple):
     """Which step a record is of."""
 
-    index: int  # counts the calls of record(): the order of the rows
+    number: int  # counts the calls of record(): the order of the rows
     step: int
     epoch: int | None
 

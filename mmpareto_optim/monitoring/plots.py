@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = NDArray[np.float64]
-Style = dict[str, str]
+Style = tuple[str, str]
+"""Color and line style."""
 
 LINE_STYLES = ("-", "--", ":", "-.")
 RATE_POINTS = 20
@@ -69,7 +70,7 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     for number, key in enumerate(shown):
         styles = _styles(number, len(blocks))
         _plot_cosines(cosine, key[0], blocks[key], styles)
-        _plot_rates(rate, key[0], blocks[key], styles[0]["color"], by_epoch=by_epoch)
+        _plot_rates(rate, key[0], blocks[key], styles[0][0], by_epoch=by_epoch)
         _plot_ratios(ratio, key[0], blocks[key], styles)
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(title="Cosine between gradients", xlabel="step")
@@ -140,85 +141,76 @@ def _legends_below(figure: Figure) -> None:
 
 
 def _styles(number: int, blocks: int) -> list[Style]:
-    """Those of a block's curves: a color each if there is no other block, otherwise a line style."""
+    """Those of a block's curves: a color each if there is no other block, else a line style."""
     if blocks == 1:
-        return [{"color": f"C{index}", "linestyle": "-"} for index in range(MAX_CURVES)]
-    line_styles = islice(cycle(LINE_STYLES), MAX_CURVES)
-    return [{"color": f"C{number}", "linestyle": line_style} for line_style in line_styles]
+        return [(f"C{index}", "-") for index in range(MAX_CURVES)]
+    return [(f"C{number}", style) for style in islice(cycle(LINE_STYLES), MAX_CURVES)]
 
 
 def _plot_cosines(axes: Axes, block: str, rows: list[Row], styles: list[Style]) -> None:
-    pairs = [column for column in rows[0] if column.startswith("cosine/")]
-    curves = np.array([_moving_mean(_column(rows, pair)) for pair in pairs])
-    labels = [f"{_short(block)}: {_short(pair.removeprefix('cosine/'))}" for pair in pairs]
-    if len(pairs) == 1:
-        labels = [block]
-    rest = f"{_short(block)}: other pairs"
-    _plot_curves(axes, rows, curves, labels, _mean(curves), rest, styles)
+    curves = [
+        (_label(block, pair.removeprefix("cosine/")), _column(rows, pair))
+        for pair in rows[0]
+        if pair.startswith("cosine/")
+    ]
+    _plot_curves(axes, rows, curves, _label(block, "other pairs"), styles)
 
 
 def _plot_ratios(axes: Axes, block: str, rows: list[Row], styles: list[Style]) -> None:
     norms = {c.removeprefix("norm/"): _column(rows, c) for c in rows[0] if c.startswith("norm/")}
     first, *others = norms
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logarithms = [np.log(norms[first] / norms[other]) for other in others]
-    curves = np.array([_moving_mean(logarithm) for logarithm in logarithms])
-    labels = [f"{first} / {other}" for other in others]
-    if f"{first}+{others[0]}" != block:
-        labels = [f"{_short(block)}: {label}" for label in labels]
-    rest = f"{_short(block)}: {first} / others"
-    _plot_curves(axes, rows, np.exp(curves), labels, -np.abs(_mean(curves)), rest, styles)
+    curves = []
+    for other in others:
+        label = f"{first} / {other}"
+        with np.errstate(divide="ignore", invalid="ignore"):
+            logarithm = np.log(norms[first] / norms[other])
+        curves.append((label if block == f"{first}+{other}" else _label(block, label), logarithm))
+    _plot_curves(axes, rows, curves, _label(block, f"{first} / others"), styles, log=True)
 
 
 def _plot_curves(
     axes: Axes,
     rows: list[Row],
-    curves: Curve,
-    labels: list[str],
-    order: Curve,
+    curves: list[tuple[str, Curve]],
     rest_label: str,
     styles: list[Style],
+    *,
+    log: bool = False,
 ) -> None:
-    """All curves where they are few; otherwise the first in some order, and where the rest lie."""
+    """All curves where they are few; otherwise the worst ones, and where the rest lie."""
     steps = _moving_mean(_column(rows, "step"))
+    heights = np.array([_moving_mean(values) for _, values in curves])
+    means = np.ma.masked_invalid(heights).mean(1).filled(0.0)
+    if log:
+        heights, means = np.exp(heights), -np.abs(means)
     shown = np.arange(len(curves))
     if len(curves) > MAX_CURVES:
-        shown, rest = np.split(np.argsort(order, kind="stable"), [WORST])
-        low, high = np.fmin.reduce(curves[rest]), np.fmax.reduce(curves[rest])
-        pale: dict[str, Any] = {"color": styles[0]["color"], "alpha": 0.2, "linewidth": 0}
+        shown, rest = np.split(np.argsort(means, kind="stable"), [WORST])
+        low, high = np.fmin.reduce(heights[rest]), np.fmax.reduce(heights[rest])
+        pale: dict[str, Any] = {"color": styles[0][0], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(steps, low, high, label=rest_label, **pale)
-    for index, style in zip(shown, styles, strict=False):
-        axes.plot(steps, curves[index], style["color"], ls=style["linestyle"], label=labels[index])
+    for index, (color, style) in zip(shown, styles, strict=False):
+        axes.plot(steps, heights[index], color, linestyle=style, label=curves[index][0])
 
 
 def _plot_rates(axes: Axes, block: str, rows: list[Row], color: str, *, by_epoch: bool) -> None:
-    columns = [column for column in rows[0] if column.startswith("norm/")]
-    norms = np.array([_column(rows, column) for column in columns])
+    norms = np.array([_column(rows, column) for column in rows[0] if column.startswith("norm/")])
     counted = np.isfinite(norms).all(0) & ((norms > 0).sum(0) > 1)
-    rows = [row for row, counts in zip(rows, counted, strict=True) if counts]
-    steps = _column(rows, "epoch" if by_epoch else "step")
-    if by_epoch:
-        places = np.unique(steps)
-        parts = [np.flatnonzero(steps == place) for place in places]
-    else:
-        parts = np.array_split(np.arange(len(rows)), min(RATE_POINTS, len(rows)) or 1)
-        places = np.array([steps[part].mean() for part in parts if len(part)])
-    for column, linestyle in (("conflict", "-"), ("harmful", "--")):
-        flags = _column(rows, column)
-        rates = 100 * np.array([flags[part].mean() for part in parts if len(part)])
-        label = f"{_short(block)}: {column}"
-        axes.plot(places, rates, color=color, marker=".", linestyle=linestyle, label=label)
+    steps = _column(rows, "epoch" if by_epoch else "step")[counted]
+    parts = steps if by_epoch else np.arange(len(steps)) * RATE_POINTS // max(1, len(steps))
+    groups = [parts == part for part in np.unique(parts)]
+    places = [steps[group].mean() for group in groups]
+    for column, style in (("conflict", "-"), ("harmful", "--")):
+        flags = _column(rows, column)[counted]
+        rates = [100 * flags[group].mean() for group in groups]
+        label = _label(block, column)
+        axes.plot(places, rates, color=color, marker=".", linestyle=style, label=label)
 
 
-def _mean(curves: Curve) -> Curve:
-    """Over the steps of each curve, leaving out what is not finite."""
-    mean: Curve = np.ma.masked_invalid(curves).mean(1).filled(0.0)
-    return mean
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for the picture."""
-    return name if len(name) <= 24 else f"{name[:21]}..."
+def _label(block: str, name: str) -> str:
+    """What a curve is of, short enough to leave room for the picture."""
+    names = dict.fromkeys([block, name])
+    return ": ".join(name if len(name) <= 24 else f"{name[:21]}..." for name in names)
 
 
 def _column(rows: list[Row], name: str) -> Curve:

@@ -40,25 +40,20 @@ def trainable_parameters(
     """The trainable ones of ``params``, all of the model for None.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``params`` holds something else than parameters.
-        ValueError: none is trainable, or one is not the model's.
+        TypeError: ``model`` is not a module.
+        ValueError: ``params`` holds what is no parameter of the model, or none is trainable.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if params is None:
         params = model
     candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
-    known = set(model.parameters())
+    known = set(map(id, model.parameters()))
     for index, param in enumerate(candidates):
-        if not isinstance(param, Tensor):
-            raise TypeError(
-                f"params must be a module or parameters, got {type(param).__name__} at {index}: "
-                "pass model.encoder or model.encoder.parameters()"
-            )
-        if param not in known:
+        if id(param) not in known:
             raise ValueError(
-                f"params[{index}] of shape {tuple(param.shape)} is not a parameter of the model: "
-                "pass the model that holds it"
+                f"params[{index}], a {type(param).__name__}, is not a parameter of the model: pass "
+                "model.encoder or model.encoder.parameters() of the model that holds it"
             )
     trainable = [param for param in dict.fromkeys(candidates) if param.requires_grad]
     if not trainable:

@@ -4,9 +4,10 @@ import csv
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from operator import itemgetter
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from mmpareto_optim.monitoring.history import (
@@ -25,14 +26,6 @@ from mmpareto_optim.stats import BlockStats
 
 Row = dict[str, Any]
 """One block at one step."""
-
-
-class Record(NamedTuple):
-    """One block at one step, with columns for the numbers."""
-
-    key: HistoryKey
-    step: RecordedStep
-    values: dict[str, Any]
 
 
 class HasStats(Protocol):
@@ -124,11 +117,11 @@ class ConflictRecorder:
             the losses as given: of losses times the scale of a ``GradScaler`` they are that much
             longer.
         """
-        return [_row(record) for record in self._records(ALL_COLUMNS)]
+        return self._rows(ALL_COLUMNS)
 
     def rows_to_plot(self) -> list[Row]:
         """:meth:`rows` with the columns of a plot only: ``alpha`` takes long for tens of losses."""
-        return [_row(record) for record in self._records(PLOT_COLUMNS)]
+        return self._rows(PLOT_COLUMNS)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
         """Write the table; what a block does not have (another's losses) stays empty."""
@@ -198,24 +191,25 @@ class ConflictRecorder:
         """Tags, values and steps of the scalars from that record on."""
         blocks = scalar_tags(key.block for key in self._histories)
         losses = scalar_tags(str(name) for key in self._histories for name in key.objectives)
-        for key, step, values in self._records(SCALAR_COLUMNS, first):
-            for column, value in values.items():
+        for row in self._rows(SCALAR_COLUMNS, first):
+            step, _, block, _ = (row.pop(name) for name in ("step", "epoch", "block", "objectives"))
+            for column, value in row.items():
                 title, slash, loss = column.partition("/")
                 tag = f"{title}/{losses[loss]}" if slash else title
-                yield f"{blocks[key.block]}/{tag}", float(value), step.step
+                yield f"{blocks[block]}/{tag}", float(value), step
 
-    def _records(self, attributes: Sequence[str], first: int = 0) -> list[Record]:
-        """Records from that number on, in their order."""
-        records = []
+    def _rows(self, attributes: Sequence[str], first: int = 0) -> list[Row]:
+        """The rows from that record on, with columns for some attributes of the stats."""
+        rows: list[tuple[int, Row]] = []
         for key, history in self._histories.items():
             skipped = bisect_left(history.steps, (first,))
             columns = columns_of(history.stats(skipped), attributes)
             numbers = zip(*(values.tolist() for values in columns.values()), strict=True)
-            records += [
-                Record(key, step, dict(zip(columns, values, strict=True)))
-                for step, values in zip(history.steps[skipped:], numbers, strict=True)
-            ]
-        return sorted(records, key=lambda record: record.step.index)
+            names = {"block": key.block, "objectives": _joined(key.objectives)}
+            for (number, step, epoch), values in zip(history.steps[skipped:], numbers, strict=True):
+                row = {"step": step, "epoch": epoch, **names}
+                rows.append((number, row | dict(zip(columns, values, strict=True))))
+        return [row for _, row in sorted(rows, key=itemgetter(0))]
 
 
 def _joined(objectives: Sequence[str]) -> str:
@@ -223,19 +217,11 @@ def _joined(objectives: Sequence[str]) -> str:
     return "+".join(map(str, objectives))
 
 
-def _row(record: Record) -> Row:
-    key, step, values = record
-    row = {"step": step.step, "epoch": step.epoch, "block": key.block}
-    return row | {"objectives": _joined(key.objectives)} | values
-
-
 def _stats_of(source: Any) -> Mapping[str, BlockStats]:
     stats = getattr(source, "stats", None)
-    if not isinstance(stats, Mapping) or not all(
-        isinstance(value, BlockStats) for value in stats.values()
-    ):
-        raise TypeError(
-            "source must have the stats of an integration, as an MMParetoOptimizer or a "
-            f"GradientIntegrator has, got {type(source).__name__}: record the wrapper, not its base"
-        )
-    return stats
+    if isinstance(stats, Mapping) and all(isinstance(x, BlockStats) for x in stats.values()):
+        return stats
+    raise TypeError(
+        "source must have the stats of an integration, as an MMParetoOptimizer or a "
+        f"GradientIntegrator has, got {type(source).__name__}: record the wrapper, not its base"
+    )

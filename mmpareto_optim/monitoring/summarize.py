@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ Columns = dict[str, Tensor]
 
 def summarize(histories: Iterable[BlockHistory]) -> Summary:
     """The summary of some histories, those of one block and the same losses together."""
-    by_block: dict[tuple[Any, ...], list[BlockHistory]] = {}
+    by_block: dict[tuple[str, tuple[str, ...]], list[BlockHistory]] = {}
     for history in histories:
         by_block.setdefault((history.key.block, history.key.objectives), []).append(history)
     summaries = [_summarize_block(*key, group) for key, group in by_block.items()]
@@ -28,7 +27,7 @@ def _summarize_block(
 ) -> BlockSummary | None:
     columns = [_columns(history) for history in histories]
     steps = {name: torch.cat([each[name] for each in columns]) for name in columns[0]}
-    steps = _select(steps, steps["index"].argsort())
+    steps = _select(steps, steps["number"].argsort())
     # Losses meet where two gradients are not zero. A loss times zero is a loss left out, of which
     # there is no record.
     steps = _select(steps, steps["several"])
@@ -60,7 +59,7 @@ def _columns(history: BlockHistory) -> Columns:
     shortest = norms.masked_fill(norms == 0, math.inf).amin(-1)
     numbers = torch.tensor([step[:2] for step in history.steps], dtype=torch.int64, device="cpu")
     return {
-        "index": numbers[:, 0],
+        "number": numbers[:, 0],
         "step": numbers[:, 1],
         "several": (norms != 0).sum(-1) > 1,
         "finite": stats.gram.isfinite().flatten(-2).all(-1),

@@ -1,6 +1,5 @@
 """A training in a few numbers a block, and whether integration can pay there."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -223,8 +222,6 @@ def _listed(names: Iterable[str]) -> str:
 
 def _percent(share: float) -> str:
     """One digit after the point, and neither 0 nor 100 % for what is not all or nothing."""
-    if math.isnan(share):
-        return "nan"
     if share in (0, 1):
         return f"{100 * share:.0f} %"
     if share < 0.001:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import LossSlices, loss_slices, plot_slices
+from tests.monitoring.defaults import OTHER_DEFAULTS, defaults
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -206,6 +207,20 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     flat = loss_slices(model, lambda: model.weight.double().square().sum(), radius=1, directions=2)
     assert model.weight.dtype == dtype
     assert flat.sharpness == pytest.approx(square, rel=2e-2)
+
+
+@pytest.mark.parametrize(("device", "dtype"), OTHER_DEFAULTS)
+def test_other_default_devices_and_dtypes(device: str, dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 3)
+
+    def slices() -> LossSlices:
+        return loss_slices(model, lambda: model.weight.square().sum(), points=3, directions=2)
+
+    expected = slices()
+    with defaults(device, dtype):
+        found = slices()
+    assert found.losses.equal(expected.losses)
+    assert found.distances.equal(expected.distances)
 
 
 def test_a_loss_that_is_not_finite_is_shown() -> None:

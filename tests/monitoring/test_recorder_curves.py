@@ -17,7 +17,7 @@ from torch import nn
 
 from mmpareto_optim import BlockStats, ConflictRecorder, MMParetoOptimizer, plot_conflict
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-from tests.monitoring.test_recorder import optimizer_of, recorded_training
+from tests.monitoring.test_recorder import Writer, optimizer_of, recorded_training
 
 
 class Seen:
@@ -33,20 +33,10 @@ def seen(block: str, names: tuple[str, ...]) -> Seen:
     return Seen(**{block: stats})
 
 
-class Curves:
-    """A writer that remembers."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.points.append((tag, scalar_value, global_step))
-
-
 def test_curves_are_written_once() -> None:
     model = LateFusion()
     opt = optimizer_of(model)
-    recorder, writer = ConflictRecorder(), Curves()
+    recorder, writer = ConflictRecorder(), Writer()
     for _ in range(3):
         for _ in range(2):
             opt.step(losses=model.losses(audio_visual_batch()))
@@ -67,7 +57,30 @@ def test_curves_are_written_once() -> None:
     }
 
 
-class Fragile(Curves):
+def test_each_writer_gets_everything_once() -> None:
+    recorder, one, other, late = ConflictRecorder(), Writer(), Writer(), Writer()
+    for _ in range(3):
+        recorder.record(seen("a+b", ("a", "b")))
+        recorder.write_scalars(one)
+        recorder.write_scalars(other)
+    recorder.write_scalars(late)
+    assert one.points == other.points == late.points
+    assert len(one.points) == 3 * 8
+
+
+def test_what_was_written_is_not_written_again_after_an_interruption() -> None:
+    recorder, before, after = ConflictRecorder(), Writer(), Writer()
+    resumed = ConflictRecorder()
+    for step in range(4):
+        recorder.record(seen("a+b", ("a", "b")))
+        if step == 1:
+            recorder.write_scalars(before)
+    resumed.load_state_dict(recorder.state_dict())
+    resumed.write_scalars(after)
+    assert [step for _, _, step in after.points] == [2] * 8 + [3] * 8
+
+
+class Fragile(Writer):
     """A writer that fails now and then, before it has written."""
 
     def __init__(self, fails_at: set[int]) -> None:
@@ -84,7 +97,7 @@ class Fragile(Curves):
 
 @given(fails_at=st.sets(st.integers(1, 60), max_size=6), more=st.booleans())
 def test_a_writer_that_fails_gets_no_point_twice(fails_at: set[int], more: bool) -> None:
-    recorder, writer, reliable = ConflictRecorder(), Fragile(fails_at), Curves()
+    recorder, writer, reliable = ConflictRecorder(), Fragile(fails_at), Writer()
     for step in range(6):
         recorder.record(seen("a+b", ("a", "b")))
         if step == 2 or more:
@@ -96,7 +109,7 @@ def test_a_writer_that_fails_gets_no_point_twice(fails_at: set[int], more: bool)
         with suppress(OSError):
             recorder.write_scalars(writer)
     again = ConflictRecorder()
-    again.load_state_dict(recorder.state_dict() | {"written": 0, "points_written": 0})
+    again.load_state_dict(recorder.state_dict() | {"written": (0, 0)})
     again.write_scalars(reliable)
     assert writer.points == reliable.points
 
@@ -110,7 +123,7 @@ MLFLOW = re.compile(r"[/\w.\- ]*")
     st.lists(st.text("ab+/.:%", min_size=1, max_size=4), min_size=1, max_size=4, unique=True),
 )
 def test_tags_are_of_the_kind_that_mlflow_takes(losses: list[str], blocks: list[str]) -> None:
-    recorder, writer = ConflictRecorder(), Curves()
+    recorder, writer = ConflictRecorder(), Writer()
     for block in blocks:
         recorder.record(seen(block, tuple(losses)))
     recorder.write_scalars(writer)
@@ -122,7 +135,7 @@ def test_tags_are_of_the_kind_that_mlflow_takes(losses: list[str], blocks: list[
 
 
 def test_names_stay_readable() -> None:
-    recorder, writer = ConflictRecorder(), Curves()
+    recorder, writer = ConflictRecorder(), Writer()
     for block in ("mm+audio", "mm-audio"):
         recorder.record(seen(block, ("loss mm", "audio:1")))
     recorder.write_scalars(writer)
