@@ -24,10 +24,10 @@ class LossSlices:
 
     @property
     def rises(self) -> Tensor:
-        """Rise of the loss from the middle to the ends, their mean, shape ``(directions,)``.
+        """Mean rise of the loss from the middle to both ends, shape ``(directions,)``.
 
-        The mean of both ends: a slope, which is no sharpness, cancels. On a quadratic of
-        Hessian H and a direction ``d`` it is ``radius^2 * d . H d / 2``.
+        A slope, which is no sharpness, cancels. On a quadratic of Hessian H and a direction ``d``
+        it is ``radius^2 * d . H d / 2``.
         """
         middle = self.losses[:, self.losses.shape[1] // 2]
         return (self.losses[:, 0] + self.losses[:, -1]) / 2 - middle
@@ -50,34 +50,30 @@ def loss_slices(
 ) -> LossSlices:
     """The loss along random, filter-normalised lines through the present parameters.
 
-    A direction is Gaussian, each filter of it (what makes one output: a slice of a weight along
-    its first dimension) scaled to the length of the model's own; biases and the scales of
-    normalisation layers, of one dimension, stay as they are (Li et al. 2018, Section 4). That
-    makes two networks comparable which differ in the scale of their weights. To compare the
-    minima of two methods, give both the same arguments, ``seed`` included::
+    A direction is Gaussian, each filter of it (a slice of a weight along its first dimension)
+    scaled to the length of the model's own; parameters of one dimension stay as they are (Li et
+    al. 2018, Section 4). That makes two networks comparable which differ in the scale of their
+    weights. To compare the minima of two methods, give both the same arguments, ``seed`` too::
 
         for name, model in models.items():
             flat = loss_slices(model.eval(), lambda: mean_loss(model, data))
             print(name, flat.sharpness, "+-", float(flat.rises.std() / len(flat.rises) ** 0.5))
 
     Args:
-        model: in the mode that is wanted, as a rule ``eval()``. Its parameters, buffers
-            (BatchNorm's statistics) and the random generators' states are afterwards as before,
-            bit for bit, also after an exception.
+        model: as a rule in ``eval()`` mode. Its parameters, buffers (BatchNorm's statistics) and
+            the random generators are afterwards as before, bit for bit, also after an exception.
         loss_fn: gives the loss on always the same data, a scalar; called
-            ``1 + directions * (points - 1)`` times without autograd. Each call starts with
-            the same state of the random generators and buffers.
-        params: a module or parameters of the model to move, an encoder's, say; all by default.
-            Frozen ones stay.
+            ``1 + directions * (points - 1)`` times without autograd, with the same state of
+            buffers and random generators.
+        params: a module or parameters of the model to move, without frozen ones; all by default.
         radius: the largest distance, positive.
         points: on a line, odd and at least 3.
         directions: how many lines.
         seed: of the directions.
 
     Raises:
-        TypeError: ``model`` is no module, or ``params`` holds no parameters.
-        ValueError: an option out of its range; no trainable parameter of two dimensions; a loss
-            that is not a scalar.
+        ValueError: an option out of its range; ``params`` without a trainable weight of the model;
+            a loss that is not a scalar.
     """
     if not (radius > 0 and points >= 3 and points % 2 == 1 and directions >= 1):
         raise ValueError(

@@ -29,15 +29,13 @@ class GradientNoise:
         squared_norm: estimate of ``||E g||^2``. Unbiased, so that it may fall below zero where
             the noise hides the mean.
         trace: estimate of ``tr C = E ||g - E g||^2``, unbiased.
-        largest_eigenvalue: that of the sample covariance, whose rank is at most ``n - 1``. It
-            overestimates C's own, the more so the fewer the batches: with noise that is equal in
-            all of many directions it is near ``trace / (n - 1)`` whatever C's is. Compare
-            losses at the same ``n``.
+        largest_eigenvalue: that of the sample covariance. It overestimates C's own, the more so
+            the fewer the batches: with noise that is equal in all of many directions it is near
+            ``trace / (n - 1)``. Compare losses at the same ``n``.
         products: by loss, an unbiased estimate of the inner product of this loss's expected
             gradient and that one's; this loss's own entry is ``squared_norm``.
-        cosines: by loss, ``products`` over the roots of the two ``squared_norm``: below 0 the
-            losses conflict in expectation. Not confined to [-1, 1], as an estimate; NaN where a
-            ``squared_norm`` is not positive.
+        cosines: by loss, that product over both norms, which may lie outside of [-1, 1]; NaN where
+            a ``squared_norm`` is not positive.
     """
 
     batches: int
@@ -59,10 +57,10 @@ def gradient_noise(
     batches: Iterable[Batch],
     params: nn.Module | Iterable[Tensor] | None = None,
 ) -> dict[str, GradientNoise]:
-    """Magnitude, noise and products of the losses' gradients, at the present parameters.
+    """Length, noise and products of the losses' gradients, for each loss that reaches ``params``.
 
-    The quantities of Assumption 1 of Wei & Hu (ICML 2024): of an encoder's two gradients the
-    unimodal one is the longer and has the larger covariance::
+    Length and noise are the quantities of Assumption 1 of Wei & Hu (ICML 2024): of an encoder's
+    two gradients the unimodal one is the longer and has the larger covariance::
 
         noise = gradient_noise(model, losses_of, islice(loader, 32), model.audio)
         print(noise["mm"].norm, noise["audio"].norm)
@@ -70,30 +68,23 @@ def gradient_noise(
         print(noise["mm"].cosines["audio"])
 
     Two losses' gradients of one batch share its examples, and that part of their noise adds to
-    their product. ``products`` are made of different batches only: with ``g_ik`` the gradient of
-    loss i in batch k and ``S_i`` its sum over the batches, they are
-    ``(S_i . S_j - sum_k g_ik . g_jk) / (n (n - 1))``, the mean over all pairs of different
-    batches (a U-statistic: Hoeffding 1948).
+    their product. ``products`` are means over all pairs of different batches, which share none:
+    ``(S_i . S_j - sum_k g_ik . g_jk) / (n (n - 1))`` with ``g_ik`` the gradient of loss i in batch
+    k and ``S_i`` its sum over the batches (a U-statistic: Hoeffding 1948).
 
     The estimates hold for batches drawn independently. For those of one shuffled epoch of M
     batches ``trace`` holds too, and ``squared_norm`` is too small by ``trace / M`` on average.
-    The covariance is that of a batch of the given size: it goes as one over the size, and a
-    shorter last batch spoils it (``drop_last=True``). Dropout adds its own noise in training
-    mode; so it does in training. Memory: ``n`` gradients of ``params`` for each loss.
+    The covariance is that of a batch of the given size, so leave out a shorter last one. Memory:
+    ``n`` gradients of ``params`` for each loss.
 
     Args:
         model: in the mode that is wanted. Its parameters, ``.grad`` and buffers (BatchNorm's
-            statistics) and the random generators' states are afterwards as before.
+            statistics) and the random generators are afterwards as before.
         loss_fn: from a batch to scalars by name, as for :meth:`MMParetoOptimizer.backward`.
         batches: at least two.
-        params: a module or parameters of the model, an encoder's, say; all by default. Frozen
-            ones are left out.
-
-    Returns:
-        By name, for each loss that reaches ``params``.
+        params: a module or parameters of the model, without frozen ones; all by default.
 
     Raises:
-        TypeError: what is no module, parameter, mapping or loss.
         ValueError: fewer than two batches; batches with different losses; no loss reaches
             ``params``; a gradient that is not finite (names the loss and the batch).
     """
@@ -113,26 +104,21 @@ def gradient_noise(
                 samples.append(gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}"))
     if len(samples) < 2:
         raise ValueError(f"batches has {len(samples)} batches: a covariance takes at least two")
-    reaching = [
+    return _estimate(samples)
+
+
+@torch.no_grad()
+def _estimate(samples: list[dict[str, Gradient]]) -> dict[str, GradientNoise]:
+    names = [
         name
         for name in samples[0]
         if any(part is not None for sample in samples for part in sample[name])
     ]
-    if not reaching:
+    if not names:
         raise ValueError("no loss reaches params: give parameters that the losses depend on")
-    return _estimate(reaching, samples)
-
-
-@torch.no_grad()
-def _estimate(
-    names: Sequence[str], samples: Sequence[Mapping[str, Gradient]]
-) -> dict[str, GradientNoise]:
-    """What the gradients of ``n`` batches say of each loss.
-
-    The covariance is never formed: its trace and eigenvalues are those of the ``(n, n)`` Gram
-    matrix of the centred gradients.
-    """
     m, n = len(names), len(samples)
+    # No (d, d) covariance: its trace and eigenvalues are those of the centred gradients' (n, n)
+    # Gram matrix.
     of_means = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     centred_grams = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
     covariances = torch.zeros(m, m, dtype=torch.float64, device="cpu")
@@ -149,7 +135,7 @@ def _estimate(
     if not finite.all():
         i, batch = (~finite).nonzero()[0].tolist()
         raise ValueError(f"loss {names[i]!r} has a gradient that is not finite in batch {batch}")
-    # The means share the noise of each batch. Without them large means would cancel.
+    # The sum over pairs of batches, written so that large means do not cancel.
     products = of_means - covariances / n
     squares = products.diagonal()
     norms = squares.where(squares > 0, math.nan).sqrt()

@@ -22,33 +22,27 @@ Style = tuple[str, str]
 
 LINE_STYLES = ("-", "--", ":", "-.")
 RATE_POINTS = 20
-MAX_CURVES = 6
-"""Blocks, and curves of a block, up to which each is drawn."""
-WORST = 3
-"""Curves that are drawn of more."""
-
-LEGEND_LINE = 0.18
-"""Inches that an entry of a legend is high."""
-BELOW_AXES = 0.5
-"""Inches that ticks and a label take below the axes."""
+MAX_CURVES = 6  # blocks, and curves of a block, up to which each is drawn
+WORST_CURVES = 3  # that are drawn of more
+LEGEND_LINE = 0.18  # inches that an entry of a legend is high
+BELOW_AXES = 0.5  # inches that ticks and a label take below the axes
 
 
 def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     """Cosines over steps, rates of conflict and harm, and norm of the first loss over the others'.
 
-    Curves of a step each are moving means over a fiftieth of the steps. Without epochs the
-    rates are those of twenty equal parts of the training; steps whose gradients are not finite,
-    and those with fewer than two that are not zero, do not count. Of more than six curves of a
-    block, pairs of losses or ratios, the three that are lowest or farthest from 1 on average are
-    drawn, and a band from the lowest to the highest of the others; of more than six blocks those
-    that are most often in conflict.
+    Cosines and ratios are moving means over a fiftieth of the steps. Without epochs the rates are
+    those of twenty equal parts of the training. They leave out steps whose gradients are not
+    finite, or of which fewer than two are not zero. Of more than six pairs of losses, or ratios,
+    of a block the three that are lowest or farthest from 1 on average are drawn, and a band from
+    the lowest to the highest of the others; of more than six blocks those most often in conflict.
 
     Args:
         recorded: a recorder, or the rows of :meth:`ConflictRecorder.rows` in their order, which
             take longer with tens of losses.
 
     Returns:
-        A ``matplotlib.figure.Figure`` that no window shows; its ``savefig`` writes it to a file.
+        A figure that no window shows; its ``savefig`` writes it to a file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -88,13 +82,6 @@ def plot_slices(slices: Mapping[str, LossSlices]) -> Figure:
 
     Args:
         slices: what :func:`loss_slices` gave, by the name of a method or of a model.
-
-    Returns:
-        A ``matplotlib.figure.Figure``, as :func:`plot_conflict`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: no slices.
     """
     if not slices:
         raise ValueError("no slices: give at least one")
@@ -185,7 +172,7 @@ def _plot_curves(
         heights, means = np.exp(heights), -np.abs(means)
     shown = np.arange(len(curves))
     if len(curves) > MAX_CURVES:
-        shown, rest = np.split(np.argsort(means, kind="stable"), [WORST])
+        shown, rest = np.split(np.argsort(means, kind="stable"), [WORST_CURVES])
         low, high = np.fmin.reduce(heights[rest]), np.fmax.reduce(heights[rest])
         pale: dict[str, Any] = {"color": styles[0][0], "alpha": 0.2, "linewidth": 0}
         axes.fill_between(steps, low, high, label=rest_label, **pale)

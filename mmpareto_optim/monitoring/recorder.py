@@ -29,18 +29,16 @@ Row = dict[str, Any]
 
 
 class HasStats(Protocol):
-    """What is recorded: a :class:`MMParetoOptimizer`, a :class:`GradientIntegrator`."""
+    """A :class:`MMParetoOptimizer`, a :class:`GradientIntegrator`."""
 
     @property
-    def stats(self) -> Mapping[str, BlockStats]:
-        """What the last integration saw, by block."""
+    def stats(self) -> Mapping[str, BlockStats]: ...  # noqa: D102
 
 
 class ScalarWriter(Protocol):
-    """What scalars are written to, such as ``torch.utils.tensorboard.SummaryWriter``."""
+    """A ``torch.utils.tensorboard.SummaryWriter``, say."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Add a number to a curve."""
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...  # noqa: D102
 
 
 class ConflictRecorder:
@@ -55,14 +53,13 @@ class ConflictRecorder:
             ...
         print(recorder.summary())
 
-    Recording waits for nothing: a step adds one small copy a block on the block's device.
-    Everything else is computed when it is read, for all steps together. A block of ``m`` losses
-    takes ``8 * (m * m + m)`` bytes a step, on its device until the next reading and on the host
-    from then on: 48 MB for two losses and a million steps.
+    Recording waits for nothing: a step adds one small copy a block on the block's device, where it
+    stays until the next reading. Everything else is computed when it is read, for all steps
+    together. A block of ``m`` losses takes ``8 * (m * m + m)`` bytes a step: 48 MB for two losses
+    and a million steps.
 
     Attributes:
-        step: number of the next step to be recorded; set it when a training is resumed without
-            this recorder's state, or when some steps are not recorded.
+        step: number of the next step; to be set where steps are not recorded.
         epoch: what the rows to come have as their epoch.
     """
 
@@ -77,17 +74,10 @@ class ConflictRecorder:
         self._last_written = self._written_before = (0, 0)
 
     def record(self, source: HasStats, *_hook_arguments: object) -> None:
-        """Add what the last integration saw as one step.
+        """Add what the last integration of an optimizer or integrator saw as one step.
 
-        Call it once a step, whatever the number of micro-batches before it. A step of which
-        nothing was integrated anew would repeat what the one before it saw.
-
-        Args:
-            source: the optimizer or integrator, whose ``stats`` are read. What a step hook is
-                handed beside it is ignored.
-
-        Raises:
-            TypeError: ``source`` has no ``stats``.
+        Call it once a step, whatever the number of micro-batches before it, and not where nothing
+        was integrated: that would repeat the step before. What else a step hook gets is ignored.
         """
         step = RecordedStep(self._recorded, self.step, self.epoch)
         for block, stats in _stats_of(source).items():
@@ -106,16 +96,14 @@ class ConflictRecorder:
         return summarize(self._histories.values())
 
     def rows(self) -> list[Row]:
-        """The table, in the order of the steps; ``pandas.DataFrame(recorder.rows())`` takes it.
+        """A dict for each step and block, in their order; ``pandas.DataFrame`` takes the list.
 
-        Returns:
-            For each step and block a dict of ``step``, ``epoch``, ``block``, ``objectives`` (the
-            losses' names joined by ``+``), ``conflict``, ``harmful``, ``cosine`` (the smallest),
-            ``min_norm``, ``scale`` (with ``rescale="tensor"`` the mean over the tensors); for each
-            loss ``alpha/NAME``, ``coefficient/NAME`` and ``norm/NAME``; for each two of them
-            ``cosine/NAME+NAME``. See :class:`BlockStats` for what they are. Norms are those of
-            the losses as given: of losses times the scale of a ``GradScaler`` they are that much
-            longer.
+        It has ``step``, ``epoch``, ``block``, ``objectives`` (the losses' names joined by ``+``),
+        ``conflict``, ``harmful``, ``cosine`` (the smallest), ``min_norm``, ``scale`` (with
+        ``rescale="tensor"`` the mean over the tensors); for each loss ``alpha/NAME``,
+        ``coefficient/NAME`` and ``norm/NAME``; for each two of them ``cosine/NAME+NAME``. See
+        :class:`BlockStats` for what they are. Norms are those of the losses as given, the scale of
+        a ``GradScaler`` included.
         """
         return self._rows(ALL_COLUMNS)
 
@@ -135,15 +123,11 @@ class ConflictRecorder:
     def write_scalars(self, writer: ScalarWriter) -> None:
         """Write what this writer has not got yet as curves, ``BLOCK/COLUMN`` over steps.
 
-        They are what one looks at meanwhile: ``conflict``, ``harmful``, ``cosine``, ``scale``,
-        ``coefficient/NAME`` and ``norm/NAME``; :meth:`rows` has all. Names have ``-`` for ``+`` and
-        ``_`` for what MLflow does not take. Where ``add_scalar`` raises, the next call goes on with
-        the number that it raised at.
-
-        Args:
-            writer: has ``add_scalar``: a ``torch.utils.tensorboard.SummaryWriter``, say. A writer
-                that is new gets everything, and after :meth:`load_state_dict` what came after the
-                last call before the state was taken.
+        The columns are ``conflict``, ``harmful``, ``cosine``, ``scale``, ``coefficient/NAME`` and
+        ``norm/NAME``, with ``-`` for ``+`` and ``_`` for what MLflow does not take. Where
+        ``add_scalar`` raises, the next call goes on with the number that it raised at. A new writer
+        gets everything; after :meth:`load_state_dict`, what the last call before ``state_dict()``
+        had not written.
         """
         records, points = self._written.get(writer, self._written_before)
         try:

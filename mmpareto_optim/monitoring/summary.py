@@ -4,21 +4,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+# The limits of the verdicts; docs/monitoring.md has reasons.
 MIN_STEPS = 100
-"""Steps from which a share is told: none of 100 is less than 3 %, with 95 % confidence."""
+RARE_HARM, FREQUENT_HARM = 0.05, 0.2
+LARGE_NORM_RATIO = 100.0
+MAX_NOT_FINITE = 0.1  # more than a GradScaler skips while it looks for its scale
 
-RARE, FREQUENT = 0.05, 0.2
-"""Shares of harmful steps below which the direction cannot pay, and from which it may."""
-
-LARGE_RATIO = 100.0
-"""Ratio of the gradients' norms from which the shortest is less than a hundredth of the sum."""
-
-MAX_NOT_FINITE = 0.1
-"""Share of steps that are not finite, of all or of the last third, above which nothing else is
-told: more than a GradScaler skips while it looks for its scale."""
-
-MAX_NAMED = 5
-"""Losses of a block that are named as opposed by the sum."""
+MAX_NAMED = 5  # losses of a block that are named as opposed by the sum
 
 PHASES = ("whole", "early", "late")
 HEAD = (
@@ -42,12 +34,11 @@ class PhaseSummary:
     are finite, NaN where there are none.
 
     Attributes:
-        steps: how many, of those in which two or more losses gave the block a gradient other than
-            zero. All others are left out, as if the zero losses had not been given.
+        steps: how many. Only steps in which two or more losses gave the block a gradient other than
+            zero are summarized: a loss times zero is a loss left out.
         conflict: share of them in which two gradients have a negative product.
         harmful: share of them in which the plain sum has a negative product with a gradient.
-        norm_ratio: norm of the longest gradient over that of the shortest, zero ones apart, the
-            median.
+        norm_ratio: norm of the longest gradient over that of the shortest not zero, the median.
         cosine: the smallest cosine between two gradients, the median.
         zero: number of steps in which the rule gave the block a zero gradient.
         largest_coefficient: what a gradient was multiplied by at most, with ``rescale="tensor"``
@@ -114,8 +105,8 @@ class BlockSummary:
                 "over the training."
             )
         longest = f"longest gradient is {_ratio(whole.norm_ratio)} times the shortest"
-        if whole.harmful < RARE:
-            if whole.norm_ratio >= LARGE_RATIO:
+        if whole.harmful < RARE_HARM:
+            if whole.norm_ratio >= LARGE_NORM_RATIO:
                 return f"The {longest}, so the sum follows one loss: {WEIGHT_FIRST}."
             return (
                 "The summed gradient agrees with every loss's own gradient in "
@@ -126,12 +117,12 @@ class BlockSummary:
         opposes = f"The summed gradient opposes a loss's own gradient in {shares[0]} of the steps"
         if shares[1] != shares[2]:
             opposes += f" ({shares[1]} early, {shares[2]} late)"
-        if whole.norm_ratio >= LARGE_RATIO:
+        if whole.norm_ratio >= LARGE_NORM_RATIO:
             return (
                 f"{opposes}, and the {longest}: {WEIGHT_FIRST}; a sweep of the weights is what "
                 'integration has to beat. Without a sweep, compare "upgrad".'
             )
-        if whole.harmful < FREQUENT:
+        if whole.harmful < FREQUENT_HARM:
             return (
                 f"{opposes}: expect little from another direction, and compare with a larger "
                 "learning rate before you do with integration."
