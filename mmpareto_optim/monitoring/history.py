@@ -1,6 +1,6 @@
 """The recorded stats of one block, as a table of numbers that grows on the block's device."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -45,10 +45,12 @@ class BlockHistory:
     one by one, the mean and the largest stretch.
     """
 
-    def __init__(self, key: HistoryKey) -> None:
-        self.key = key
-        self.steps: list[RecordedStep] = []
-        self._packed: list[Tensor] = []
+    def __init__(
+        self, key: Sequence[Any], steps: Iterable[Any] = (), table: Tensor | None = None
+    ) -> None:
+        self.key = HistoryKey(*key)
+        self.steps = [RecordedStep(*step) for step in steps]
+        self._packed = [] if table is None else [table.detach().clone()]
         self._records: list[Tensor] = []
 
     @torch.no_grad()
@@ -77,20 +79,9 @@ class BlockHistory:
         return largest * self._table()[:, -1] if self.key.has_stretch else largest
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and one tensor."""
-        return {
-            "key": tuple(self.key),
-            "steps": [tuple(step) for step in self.steps],
-            "table": self._table().clone(),
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> "BlockHistory":
-        """The history that gave a state."""
-        history = cls(HistoryKey(*state["key"]))
-        history.steps = [RecordedStep(*step) for step in state["steps"]]
-        history._packed = [state["table"].detach().clone()]
-        return history
+        """Plain values and one tensor: the arguments that make the same history."""
+        steps = [tuple(step) for step in self.steps]
+        return {"key": tuple(self.key), "steps": steps, "table": self._table().clone()}
 
     def _table(self) -> Tensor:
         """All records, one a row, which are on the host from now on."""

@@ -32,13 +32,15 @@ class HasStats(Protocol):
     """A :class:`MMParetoOptimizer`, a :class:`GradientIntegrator`."""
 
     @property
-    def stats(self) -> Mapping[str, BlockStats]: ...  # noqa: D102
+    def stats(self) -> Mapping[str, BlockStats]:
+        """What the last integration saw, by block."""
 
 
 class ScalarWriter(Protocol):
     """A ``torch.utils.tensorboard.SummaryWriter``, say."""
 
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...  # noqa: D102
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Add a number to a curve."""
 
 
 class ConflictRecorder:
@@ -150,7 +152,7 @@ class ConflictRecorder:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where the recorder that gave ``state_dict`` stopped; what is here is dropped."""
-        histories = [BlockHistory.from_state_dict(state) for state in state_dict["histories"]]
+        histories = [BlockHistory(**state) for state in state_dict["histories"]]
         self.step, self.epoch = state_dict["step"], state_dict["epoch"]
         self._recorded = state_dict["recorded"]
         self._histories = {history.key: history for history in histories}

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 # The limits of the verdicts; docs/monitoring.md has reasons.
 MIN_STEPS = 100
@@ -13,10 +14,8 @@ MAX_NOT_FINITE = 0.1  # more than a GradScaler skips while it looks for its scal
 MAX_NAMED = 5  # losses of a block that are named as opposed by the sum
 
 PHASES = ("whole", "early", "late")
-HEAD = (
-    *("block", "", "steps", "conflict", "harmful", "norm ratio", "cosine", "zero", "coefficient"),
-    "not finite",
-)
+HEAD = ["block", "", "steps", "conflict", "harmful", "norm ratio", "cosine", "zero"]
+HEAD += ["coefficient", "not finite"]
 
 # The rules under which a larger weight gives a loss more say in a conflict too.
 WEIGHT_FIRST = 'weight the losses first, under "uniform", "dualproj" or "upgrad"'
@@ -146,7 +145,7 @@ class Summary:
     def __str__(self) -> str:
         if not self.blocks:
             return "nothing recorded: in no step did two losses give a block a gradient"
-        head, *rows = _aligned([HEAD, *(line for block in self.blocks for line in _lines(block))])
+        head, *rows = _aligned([HEAD, *chain(*map(_lines, self.blocks))])
         count = Counter(block.block for block in self.blocks)
         table, details = [head], []
         verdicts: dict[str, list[str]] = {}
@@ -164,10 +163,10 @@ class Summary:
         return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _lines(block: BlockSummary) -> Iterator[tuple[str, ...]]:
+def _lines(block: BlockSummary) -> Iterator[list[str]]:
     for name in PHASES:
         phase: PhaseSummary = getattr(block, name)
-        yield (
+        yield [
             block.block if name == "whole" else "",
             f"{name} {phase.first_step}-{phase.last_step}",
             str(phase.steps),
@@ -178,10 +177,10 @@ def _lines(block: BlockSummary) -> Iterator[tuple[str, ...]]:
             str(phase.zero),
             f"{phase.largest_coefficient:.3g}",
             str(phase.not_finite or ""),
-        )
+        ]
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def _aligned(lines: list[list[str]]) -> list[str]:
     """Words to the left, numbers to the right; no last column where all of it is finite."""
     columns = list(zip(*lines, strict=True))
     if not any(columns[-1][1:]):

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import GradientNoise, gradient_noise
 from tests.models import LateFusion, audio_visual_batch, grads, vectors_as_losses
-from tests.monitoring.defaults import OTHER_DEFAULTS, defaults
+from tests.monitoring.helpers import OTHER_DEFAULTS, defaults
 
 Batches = list[tuple[Tensor, Tensor, Tensor]]
 

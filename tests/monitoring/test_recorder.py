@@ -19,20 +19,7 @@ from mmpareto_optim import (
 from mmpareto_optim.monitoring.history import PACK_SIZE
 from mmpareto_optim.monitoring.recorder import Row
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-
-
-def optimizer_of(model: nn.Module, **options: Any) -> MMParetoOptimizer:
-    return MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
-
-
-class Writer:
-    """A writer that remembers."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.points.append((tag, scalar_value, global_step))
+from tests.monitoring.helpers import Writer, optimizer_of, recorded_training
 
 
 def expected_rows(
@@ -70,17 +57,6 @@ def assert_same_rows(found: list[Row], expected: list[Row]) -> None:
                 assert one[column] == value, column
 
 
-def recorded_training(steps: int) -> ConflictRecorder:
-    model = LateFusion()
-    opt = optimizer_of(model)
-    recorder = ConflictRecorder()
-    opt.register_step_post_hook(recorder.record)
-    for step in range(steps):
-        recorder.epoch = step // 10
-        opt.step(losses=model.losses(audio_visual_batch(4)))
-    return recorder
-
-
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmpareto_optim.monitoring.history.PACK_SIZE", 16)
@@ -101,7 +77,7 @@ def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.Monk
     assert {row["conflict"] for row in expected} == {True, False}
 
 
-def test_three_objectives_have_three_cosines() -> None:
+def test_three_losses_have_three_cosines() -> None:
     param = nn.Parameter(torch.zeros(2))
     opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
     recorder = ConflictRecorder()
@@ -146,7 +122,7 @@ def test_a_resumed_training_counts_on() -> None:
     assert recorder.step == 1001
 
 
-def test_a_block_whose_objectives_change() -> None:
+def test_a_block_whose_losses_change() -> None:
     """Modalities that a batch lacks, and a gamma that is changed on the way."""
     model = LateFusion()
     opt = optimizer_of(model, param_groups_by_modality={"audio": model.audio})

@@ -20,7 +20,7 @@ from mmpareto_optim import (
     PhaseSummary,
 )
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-from tests.monitoring.defaults import OTHER_DEFAULTS, defaults
+from tests.monitoring.helpers import OTHER_DEFAULTS, defaults
 
 
 def recorded(steps: Tensor, **options: Any) -> ConflictRecorder:
