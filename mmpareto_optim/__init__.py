@@ -1,11 +1,11 @@
 """MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
 
-from mmpareto_optim.insight.flatness import LossSlices, loss_slices
-from mmpareto_optim.insight.noise import GradientNoise, gradient_noise
-from mmpareto_optim.insight.plot import plot_conflict, plot_slices
-from mmpareto_optim.insight.recorder import ConflictRecorder
-from mmpareto_optim.insight.summary import BlockSummary, PhaseSummary, Summary
 from mmpareto_optim.integrator import GradientIntegrator
+from mmpareto_optim.monitoring.flatness import LossSlices, loss_slices
+from mmpareto_optim.monitoring.gradient_noise import GradientNoise, gradient_noise
+from mmpareto_optim.monitoring.plots import plot_conflict, plot_slices
+from mmpareto_optim.monitoring.recorder import ConflictRecorder
+from mmpareto_optim.monitoring.summary import BlockSummary, PhaseSummary, Summary
 from mmpareto_optim.optimizer import MMParetoOptimizer
 from mmpareto_optim.rules import (
     config_coefficients,

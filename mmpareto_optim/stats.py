@@ -10,23 +10,21 @@ from mmpareto_optim.rules import applied_gamma, min_norm_weights
 
 @dataclass(frozen=True, eq=False)
 class BlockStats:
-    """The last integration of one block, of ``m`` objectives; printed as a few lines.
+    """The last integration of one block that ``m`` losses reach; printed as a few lines.
 
     Everything is a tensor on the block's device, and what follows from the Gram matrix is
     computed when it is read: a training loop that does not convert them (``float()``,
-    ``.item()``, printing) neither pays for them nor waits for the device. Leading dimensions
-    (:class:`ConflictRecorder` has one for the steps) are kept.
+    ``.item()``, printing) neither pays for them nor waits for the device. Gram matrices and
+    coefficients may have leading dimensions (:class:`ConflictRecorder` has one for the steps),
+    and all properties then have them too.
 
     Attributes:
         objectives: names of the losses that reach the block, in the order of the rows.
         gram: inner products of their gradients, shape ``(m, m)``.
         coefficients: the ``c`` of ``h = sum_i c_i g_i``, shape ``(m,)``.
-        gamma: the factor that ``coefficients`` contain on top of the method's own.
+        gamma: the factor that ``coefficients`` contain on top of the rule's own.
         stretch: with ``rescale="tensor"`` what each parameter tensor was multiplied by after
             that, shape ``(tensors,)``; None otherwise.
-        gram_across: with ``measure_noise=True`` an estimate of ``gram`` without the noise of the
-            batch, shape ``(m, m)``; None where the gradients are not a sum over parts. See
-            :class:`MMParetoOptimizer`.
     """
 
     objectives: tuple[str, ...]
@@ -34,18 +32,15 @@ class BlockStats:
     coefficients: Tensor
     gamma: float = 1.0
     stretch: Tensor | None = None
-    gram_across: Tensor | None = None
 
     def in_order(self, objectives: tuple[str, ...]) -> "BlockStats":
-        """The same, with the same objectives in another order."""
+        """The same stats, with the same losses in another order."""
         places = [self.objectives.index(name) for name in objectives]
-        across = self.gram_across
         return replace(
             self,
             objectives=objectives,
             gram=self.gram[..., places, :][..., places],
             coefficients=self.coefficients[..., places],
-            gram_across=None if across is None else across[..., places, :][..., places],
         )
 
     @property
@@ -63,26 +58,26 @@ class BlockStats:
 
     @property
     def norms(self) -> Tensor:
-        """Length of each objective's gradient, shape ``(m,)``."""
+        """Length of each loss's gradient, shape ``(m,)``."""
         return self.gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
 
     @property
     def cosines(self) -> Tensor:
-        """Cosine between any two objectives' gradients, ``(m, m)``; NaN beside a zero one."""
+        """Cosine between any two losses' gradients, ``(m, m)``; NaN beside a zero one."""
         norms = self.norms
         cosines = self.gram / norms.unsqueeze(-2) / norms.unsqueeze(-1)
-        itself = torch.eye(norms.shape[-1], dtype=torch.bool, device=norms.device)
-        return cosines.clamp(-1, 1).masked_fill(itself, 1)
+        diagonal = torch.eye(norms.shape[-1], dtype=torch.bool, device=norms.device)
+        return cosines.clamp(-1, 1).masked_fill(diagonal, 1)
 
     @property
     def cosine(self) -> Tensor:
-        """Smallest cosine between two objectives' gradients, a scalar; NaN beside a zero one."""
+        """Smallest cosine between two losses' gradients, a scalar; NaN beside a zero one."""
         return self.cosines.flatten(-2).amin(-1)
 
     @property
     def conflict(self) -> Tensor:
-        """Whether two objectives disagree (a negative inner product), a boolean scalar."""
-        return in_conflict(self.gram)
+        """Whether two losses' gradients have a negative product, a boolean scalar."""
+        return (self.gram < 0).flatten(-2).any(-1)
 
     @property
     def harmful(self) -> Tensor:
@@ -92,15 +87,12 @@ class BlockStats:
         step raises none, and another direction can only change how fast each of them falls.
         Momentum, Adam and Muon take other steps, of which this says nothing.
         """
-        return is_harmful(self.gram)
+        return self.harmed.any(-1)
 
     @property
     def harmed(self) -> Tensor:
-        """Whose gradient the plain sum has a negative product with, boolean, shape ``(m,)``.
-
-        ``harmful`` is its ``any()``.
-        """
-        return harmed_by_sum(self.gram)
+        """Whose gradient the plain sum has a negative product with, boolean, shape ``(m,)``."""
+        return self.gram.sum(-1) < 0
 
     @property
     def alpha(self) -> Tensor:
@@ -115,46 +107,21 @@ class BlockStats:
         return square.clamp(min=0).sqrt()
 
     def __str__(self) -> str:
-        """A line for each objective and one for the block; shapes only of a stack of steps."""
+        """A line for each loss and one for the block; shapes only of a stack of steps."""
         if self.gram.ndim > 2 or self.gram.is_meta:
-            names = ", ".join(map(str, self.objectives))
             return (
-                f"BlockStats of {names}: gram {tuple(self.gram.shape)}, "
-                f"coefficients {tuple(self.coefficients.shape)}"
+                f"BlockStats of {', '.join(map(str, self.objectives))}: "
+                f"gram {tuple(self.gram.shape)}, coefficients {tuple(self.coefficients.shape)}"
             )
         width = max(len(str(name)) for name in self.objectives)
-        values = zip(
-            self.objectives,
-            self.norms.tolist(),
-            self.coefficients.tolist(),
-            self.harmed.tolist(),
-            strict=True,
-        )
+        columns = (self.norms.tolist(), self.coefficients.tolist(), self.harmed.tolist())
         lines = [
             f"{name!s:<{width}}  norm {norm:<8.3g}  coefficient {coefficient:<8.3g}"
             f"{'  opposed by the sum' if harmed else ''}".rstrip()
-            for name, norm, coefficient, harmed in values
+            for name, norm, coefficient, harmed in zip(self.objectives, *columns, strict=True)
         ]
         if not self.gram.isfinite().all():
             return "\n".join([*lines, "the gradients, or their products, are not finite"])
-        found = "in conflict" if self.conflict else "no conflict"
+        conflict = "in conflict" if self.conflict else "no conflict"
         harm = "harmful" if self.harmful else "not harmful"
-        return "\n".join([*lines, f"smallest cosine {float(self.cosine):.3g}: {found}, {harm}"])
-
-
-def in_conflict(gram: Tensor) -> Tensor:
-    """Whether two of the gradients have a negative product, shape ``(...)`` for ``(..., m, m)``.
-
-    What is on the diagonal, an estimated square that may be negative, does not count.
-    """
-    return ((gram.tril(-1) + gram.triu(1)) < 0).flatten(-2).any(-1)
-
-
-def is_harmful(gram: Tensor) -> Tensor:
-    """Whether the plain sum has a negative product with a gradient, as :func:`in_conflict`."""
-    return harmed_by_sum(gram).any(-1)
-
-
-def harmed_by_sum(gram: Tensor) -> Tensor:
-    """Whose gradient the plain sum has a negative product with, ``(..., m)``."""
-    return gram.sum(-1) < 0
+        return "\n".join([*lines, f"smallest cosine {float(self.cosine):.3g}: {conflict}, {harm}"])

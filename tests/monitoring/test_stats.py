@@ -71,7 +71,7 @@ def test_harmful_steps(rows: list[list[float]], harmful: bool) -> None:
     assert bool(stats.harmful) == harmful
 
 
-def test_three_objectives_show_the_worst_pair() -> None:
+def test_three_losses_show_the_worst_pair() -> None:
     stats = stats_of([[1.0, 0.0], [1.0, 1.0], [-1.0, 1.0]])
     assert float(stats.cosine) == pytest.approx(-1 / 2**0.5)
     assert stats.gram.shape == (3, 3)

@@ -1,6 +1,8 @@
 """What was recorded over a training, as a table."""
 
+import copy
 import csv
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,10 @@ from mmpareto_optim import (
     MMParetoOptimizer,
     plot_conflict,
 )
-from mmpareto_optim.insight.recorder import Row
-from mmpareto_optim.insight.tracks import PACK
+from mmpareto_optim.monitoring.history import PACK_SIZE
+from mmpareto_optim.monitoring.recorder import Row
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-
-
-def optimizer_of(model: nn.Module, **options: Any) -> MMParetoOptimizer:
-    return MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+from tests.monitoring.helpers import Writer, optimizer_of, recorded_training
 
 
 def expected_rows(
@@ -58,20 +57,9 @@ def assert_same_rows(found: list[Row], expected: list[Row]) -> None:
                 assert one[column] == value, column
 
 
-def recorded_training(steps: int) -> ConflictRecorder:
-    model = LateFusion()
-    opt = optimizer_of(model)
-    recorder = ConflictRecorder()
-    opt.register_step_post_hook(recorder.record)
-    for step in range(steps):
-        recorder.epoch = step // 10
-        opt.step(losses=model.losses(audio_visual_batch(4)))
-    return recorder
-
-
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.tracks.PACK", 16)
+    monkeypatch.setattr("mmpareto_optim.monitoring.history.PACK_SIZE", 16)
     model = LateFusion()
     opt = optimizer_of(model, rescale=rescale)
     recorder = ConflictRecorder()
@@ -89,7 +77,7 @@ def test_rows_are_the_stats_of_every_step(rescale: str, monkeypatch: pytest.Monk
     assert {row["conflict"] for row in expected} == {True, False}
 
 
-def test_three_objectives_have_three_cosines() -> None:
+def test_three_losses_have_three_cosines() -> None:
     param = nn.Parameter(torch.zeros(2))
     opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
     recorder = ConflictRecorder()
@@ -134,7 +122,7 @@ def test_a_resumed_training_counts_on() -> None:
     assert recorder.step == 1001
 
 
-def test_a_block_whose_objectives_change() -> None:
+def test_a_block_whose_losses_change() -> None:
     """Modalities that a batch lacks, and a gamma that is changed on the way."""
     model = LateFusion()
     opt = optimizer_of(model, param_groups_by_modality={"audio": model.audio})
@@ -196,7 +184,7 @@ def test_recording_reads_nothing_back() -> None:
     recorder = ConflictRecorder()
     batch = tuple(tensor.to("meta") for tensor in audio_visual_batch())
     opt.step(losses=model.losses(batch))  # type: ignore[arg-type]
-    for _ in range(PACK + 1):
+    for _ in range(PACK_SIZE + 1):
         recorder.record(opt)
 
 
@@ -211,7 +199,7 @@ def test_recording_does_not_wait_for_the_gpu(rescale: str) -> None:
         opt.step(losses=model.losses(audio_visual_batch()))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(PACK + 1):
+        for _ in range(PACK_SIZE + 1):
             recorder.record(opt)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -312,7 +300,7 @@ def test_an_integrator() -> None:
 def test_a_training_that_is_interrupted(rescale: str, tmp_path: Path) -> None:
     """What was recorded is saved and loaded, and goes on as if nothing had been."""
     model = LateFusion()
-    opt = optimizer_of(model, rescale=rescale, measure_noise=True)
+    opt = optimizer_of(model, rescale=rescale)
     whole, part = ConflictRecorder(), ConflictRecorder()
     for step in range(8):
         if step == 4:
@@ -321,15 +309,21 @@ def test_a_training_that_is_interrupted(rescale: str, tmp_path: Path) -> None:
             part = ConflictRecorder()
             part.load_state_dict(torch.load(tmp_path / "recorder.pt", weights_only=True))
         opt.zero_grad()
-        for _ in range(1 + step % 2):  # with and without products across parts
-            opt.backward(model.losses(audio_visual_batch()))
-        opt.step()
+        opt.step(losses=model.losses(audio_visual_batch()))
         for recorder in (whole, part):
             recorder.epoch = step // 3
             recorder.record(opt)
     assert part.rows() == whole.rows()
     assert part.step == whole.step == 8
     assert str(part.summary()) == str(whole.summary())
+
+
+def test_a_recorder_is_copied_and_pickled() -> None:
+    recorder = recorded_training(steps=2)
+    recorder.write_scalars(Writer())
+    for other in (copy.deepcopy(recorder), pickle.loads(pickle.dumps(recorder))):
+        assert other.rows() == recorder.rows()
+        assert (other.step, other.epoch) == (2, 0)
 
 
 def test_a_state_is_no_view() -> None:
@@ -340,11 +334,11 @@ def test_a_state_is_no_view() -> None:
     recorder.record(opt)
     state, before = recorder.state_dict(), recorder.rows()
     other.load_state_dict(state)
-    state["tracks"][0]["table"].zero_()
+    state["histories"][0]["table"].zero_()
     other.record(opt)
     assert recorder.rows() == before
     assert other.rows()[: len(before)] == before
-    assert len(recorder.state_dict()["tracks"][0]["when"]) == 1
+    assert len(recorder.state_dict()["histories"][0]["steps"]) == 1
 
 
 def test_an_empty_recorder_is_saved_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Looking at a model without leaving a trace in it."""
+"""Measuring a model without leaving a trace in it."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserved_state(model: nn.Module) -> Iterator[None]:
     """Put back the model's buffers (BatchNorm's statistics) and the random generators' states.
 
     These are the default generators of the CPU and of the devices that hold the model.
@@ -34,31 +34,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             setattr(module, name, buffer)
 
 
-def chosen_parameters(
+def trainable_parameters(
     model: nn.Module, params: nn.Module | Iterable[Tensor] | None
 ) -> list[Tensor]:
     """The trainable ones of ``params``, all of the model for None.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``params`` holds something else than parameters.
-        ValueError: none is trainable, or one is not the model's.
+        TypeError: ``model`` is not a module.
+        ValueError: ``params`` holds what is no parameter of the model, or none is trainable.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if params is None:
         params = model
     candidates = list(params.parameters() if isinstance(params, nn.Module) else params)
-    known = set(model.parameters())
+    known = set(map(id, model.parameters()))
     for index, param in enumerate(candidates):
-        if not isinstance(param, Tensor):
-            raise TypeError(
-                f"params must be a module or parameters, got {type(param).__name__} at {index}: "
-                "pass model.encoder or model.encoder.parameters()"
-            )
-        if param not in known:
+        if id(param) not in known:
             raise ValueError(
-                f"params[{index}] of shape {tuple(param.shape)} is not a parameter of the model: "
-                "pass the model that holds it"
+                f"params[{index}], a {type(param).__name__}, is not a parameter of the model: pass "
+                "model.encoder or model.encoder.parameters() of the model that holds it"
             )
     trainable = [param for param in dict.fromkeys(candidates) if param.requires_grad]
     if not trainable:

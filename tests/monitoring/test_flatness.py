@@ -1,9 +1,7 @@
 """The loss along filter-normalised lines, on quadratics whose curvature is known."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mmpareto_optim import LossSlices, loss_slices, plot_slices
+from mmpareto_optim import LossSlices, loss_slices
+from tests.monitoring.helpers import OTHER_DEFAULTS, defaults
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -208,6 +207,20 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert flat.sharpness == pytest.approx(square, rel=2e-2)
 
 
+@pytest.mark.parametrize(("device", "dtype"), OTHER_DEFAULTS)
+def test_other_default_devices_and_dtypes(device: str, dtype: torch.dtype) -> None:
+    model = nn.Linear(4, 3)
+
+    def slices() -> LossSlices:
+        return loss_slices(model, lambda: model.weight.square().sum(), points=3, directions=2)
+
+    expected = slices()
+    with defaults(device, dtype):
+        found = slices()
+    assert found.losses.equal(expected.losses)
+    assert found.distances.equal(expected.distances)
+
+
 def test_a_loss_that_is_not_finite_is_shown() -> None:
     model = nn.Linear(3, 2)
     original = model.weight.detach().clone()
@@ -226,16 +239,3 @@ def test_mistakes() -> None:
         loss_slices(model, lambda: 0.0, [model.bias])
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         loss_slices(model.parameters(), lambda: 0.0)  # type: ignore[arg-type]
-
-
-def test_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
-    distances = torch.tensor([-1.0, 0.0, 1.0])
-    sharp = LossSlices(distances, torch.tensor([[5.0, 1.0, 7.0], [3.0, 1.0, 3.0]]))
-    figure = plot_slices({"sharp": sharp, "flat": LossSlices(distances, torch.zeros(2, 3))})
-    (axes,) = figure.axes
-    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[3, 0, 4], [0, 0, 0]]
-    assert axes.lines[0].get_label() == "sharp: 3.5"
-    figure.savefig(tmp_path / "slices.png")
-    with pytest.raises(ValueError, match="no slices"):
-        plot_slices({})

@@ -1,13 +1,12 @@
 """How flat the loss is around the parameters that a training reached."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mmpareto_optim.insight.undisturbed import chosen_parameters, undisturbed
+from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +24,10 @@ class LossSlices:
 
     @property
     def rises(self) -> Tensor:
-        """Rise of the loss from the middle to the ends, their mean, shape ``(directions,)``.
+        """Mean rise of the loss from the middle to both ends, shape ``(directions,)``.
 
-        The mean of both ends: a slope, which is no sharpness, cancels. On a quadratic of
-        Hessian H and a direction ``d`` it is ``radius^2 * d . H d / 2``.
+        A slope, which is no sharpness, cancels. On a quadratic of Hessian H and a direction ``d``
+        it is ``radius^2 * d . H d / 2``.
         """
         middle = self.losses[:, self.losses.shape[1] // 2]
         return (self.losses[:, 0] + self.losses[:, -1]) / 2 - middle
@@ -51,85 +50,81 @@ def loss_slices(
 ) -> LossSlices:
     """The loss along random, filter-normalised lines through the present parameters.
 
-    A direction is Gaussian, each filter of it (what makes one output: a slice of a weight along
-    its first dimension) scaled to the length of the model's own; biases and the scales of
-    normalisation layers, of one dimension, stay as they are (Li et al. 2018, Section 4). That
-    makes two networks comparable which differ in the scale of their weights. To compare the
-    minima of two methods, give both the same arguments, ``seed`` included::
+    A direction is Gaussian, each filter of it (a slice of a weight along its first dimension)
+    scaled to the length of the model's own; parameters of one dimension stay as they are (Li et
+    al. 2018, Section 4). That makes two networks comparable which differ in the scale of their
+    weights. To compare the minima of two methods, give both the same arguments, ``seed`` too::
 
         for name, model in models.items():
             flat = loss_slices(model.eval(), lambda: mean_loss(model, data))
             print(name, flat.sharpness, "+-", float(flat.rises.std() / len(flat.rises) ** 0.5))
 
     Args:
-        model: in the mode that is wanted, as a rule ``eval()``. Its parameters, buffers
-            (BatchNorm's statistics) and the random generators' states are afterwards as before,
-            bit for bit, also after an exception.
+        model: as a rule in ``eval()`` mode. Its parameters, buffers (BatchNorm's statistics) and
+            the random generators are afterwards as before, bit for bit, also after an exception.
         loss_fn: gives the loss on always the same data, a scalar; called
-            ``1 + directions * (points - 1)`` times without autograd. Each call starts with
-            the same state of the random generators and buffers.
-        params: a module or parameters of the model to move, an encoder's, say; all by default.
-            Frozen ones stay.
+            ``1 + directions * (points - 1)`` times without autograd, with the same state of
+            buffers and random generators.
+        params: a module or parameters of the model to move, without frozen ones; all by default.
         radius: the largest distance, positive.
         points: on a line, odd and at least 3.
         directions: how many lines.
         seed: of the directions.
 
     Raises:
-        TypeError: ``model`` is no module, or ``params`` holds no parameters.
-        ValueError: an option out of its range; no trainable parameter of two dimensions; a loss
-            that is not a scalar.
+        ValueError: an option out of its range; ``params`` without a trainable weight of the model;
+            a loss that is not a scalar.
     """
     if not (radius > 0 and points >= 3 and points % 2 == 1 and directions >= 1):
         raise ValueError(
             "radius must be positive, points odd and at least 3, directions at least 1, got "
             f"radius={radius!r}, points={points!r}, directions={directions!r}"
         )
-    weights = [param for param in chosen_parameters(model, params) if param.ndim > 1]
+    weights = [param for param in trainable_parameters(model, params) if param.ndim > 1]
     if not weights:
         raise ValueError("params holds no weight of two or more dimensions, so there is no filter")
-    generator = torch.Generator().manual_seed(seed)
-    one_side = radius * torch.arange(1, points // 2 + 1, dtype=torch.float64) / (points // 2)
-    distances = torch.cat([-one_side.flip(0), torch.zeros(1, dtype=torch.float64), one_side])
-    middle = _loss_at(model, loss_fn)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    half = points // 2
+    steps = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu")
+    distances = radius * steps / half
+    middle = _loss_at(model, loss_fn, [], [], 0.0)
     losses = []
     for _ in range(directions):
         direction = [_filter_normalised(weight, generator) for weight in weights]
-        for distance in distances.tolist():
-            if distance == 0:
-                losses.append(middle)
-                continue
-            with _moved(weights, direction, distance):
-                losses.append(_loss_at(model, loss_fn))
-    table = torch.tensor(losses, dtype=torch.float64).view(directions, points)
-    return LossSlices(distances, table)
+        losses += [
+            _loss_at(model, loss_fn, weights, direction, distance) if distance else middle
+            for distance in distances.tolist()
+        ]
+    table = torch.tensor(losses, dtype=torch.float64, device="cpu")
+    return LossSlices(distances, table.view(directions, points))
 
 
 def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
     # Drawn on the CPU in one dtype, so that the seed gives the same direction everywhere.
-    random = torch.randn(weight.shape, generator=generator).flatten(1)
-    random = random.to(weight.device, torch.promote_types(weight.dtype, random.dtype))
+    random = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    random = random.flatten(1).to(weight.device, torch.promote_types(weight.dtype, random.dtype))
     own = torch.linalg.vector_norm(weight.detach().to(random).flatten(1), dim=1, keepdim=True)
     random *= own / torch.linalg.vector_norm(random, dim=1, keepdim=True)
     return random.view(weight.shape)
 
 
-@contextmanager
-def _moved(weights: list[Tensor], direction: list[Tensor], distance: float) -> Iterator[None]:
-    # By .data and not in place, for the reasons given in undisturbed().
+def _loss_at(
+    model: nn.Module,
+    loss_fn: Callable[[], Tensor | float],
+    weights: list[Tensor],
+    direction: list[Tensor],
+    distance: float,
+) -> float:
+    # By .data and not in place, for the reasons given in preserved_state().
     originals = [weight.data for weight in weights]
     try:
         for weight, original, random in zip(weights, originals, direction, strict=True):
             weight.data = (original + distance * random).to(original)
-        yield
+        with preserved_state(model), torch.no_grad():
+            loss = loss_fn()
     finally:
         for weight, original in zip(weights, originals, strict=True):
             weight.data = original
-
-
-def _loss_at(model: nn.Module, loss_fn: Callable[[], Tensor | float]) -> float:
-    with undisturbed(model), torch.no_grad():
-        loss = loss_fn()
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it with .mean()"

@@ -1,147 +1,24 @@
-"""What was recorded, as curves for a writer and as a picture."""
+"""Pictures of what was recorded, and of lines through a minimum."""
 
 import math
-import posixpath
-import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from mmpareto_optim import BlockStats, ConflictRecorder, MMParetoOptimizer, plot_conflict
-from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
-from tests.test_recorder import optimizer_of, recorded_training
-
-
-class Seen:
-    """Something that has stats."""
-
-    def __init__(self, **stats: BlockStats) -> None:
-        self.stats = stats
-
-
-def seen(block: str, names: tuple[str, ...]) -> Seen:
-    gradients = torch.randn(len(names), 3, dtype=torch.float64)
-    stats = BlockStats(names, gradients @ gradients.T, torch.ones(len(names)).double())
-    return Seen(**{block: stats})
-
-
-class Curves:
-    """A writer that remembers."""
-
-    def __init__(self) -> None:
-        self.points: list[tuple[str, float, int]] = []
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.points.append((tag, scalar_value, global_step))
-
-
-def test_curves_are_written_once() -> None:
-    model = LateFusion()
-    opt = optimizer_of(model)
-    recorder, writer = ConflictRecorder(), Curves()
-    for _ in range(3):
-        for _ in range(2):
-            opt.step(losses=model.losses(audio_visual_batch()))
-            recorder.record(opt)
-        recorder.write_scalars(writer)
-    recorder.write_scalars(writer)
-    cosines = [(value, step) for tag, value, step in writer.points if tag == "mm-audio/cosine"]
-    rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
-    assert cosines == [(row["cosine"], row["step"]) for row in rows]
-    assert [step for _, step in cosines] == list(range(6))
-    assert {tag for tag, _, _ in writer.points} == {
-        f"mm-{name}/{column}"
-        for name in ("audio", "visual")
-        for column in (
-            *("conflict", "harmful", "cosine", "scale"),
-            *("norm/mm", f"norm/{name}", "coefficient/mm", f"coefficient/{name}"),
-        )
-    }
-
-
-class Fragile(Curves):
-    """A writer that fails now and then, before it has written."""
-
-    def __init__(self, fails_at: set[int]) -> None:
-        super().__init__()
-        self.fails_at = fails_at
-        self.calls = 0
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        self.calls += 1
-        if self.calls in self.fails_at:
-            raise OSError("disk full")
-        super().add_scalar(tag, scalar_value, global_step)
-
-
-@given(fails_at=st.sets(st.integers(1, 60), max_size=6), more=st.booleans())
-def test_a_writer_that_fails_gets_no_point_twice(fails_at: set[int], more: bool) -> None:
-    recorder, writer, reliable = ConflictRecorder(), Fragile(fails_at), Curves()
-    for step in range(6):
-        recorder.record(seen("a+b", ("a", "b")))
-        if step == 2 or more:
-            try:
-                recorder.write_scalars(writer)
-            except OSError:
-                recorder.record(seen("a+c", ("a", "c")))
-    for _ in range(len(fails_at) + 1):
-        with suppress(OSError):
-            recorder.write_scalars(writer)
-    again = ConflictRecorder()
-    again.load_state_dict(recorder.state_dict() | {"written": 0, "points_written": 0})
-    again.write_scalars(reliable)
-    assert writer.points == reliable.points
-
-
-# What mlflow.utils.validation asks of a metric's name, on every system.
-MLFLOW = re.compile(r"[/\w.\- ]*")
-
-
-@given(
-    st.lists(st.text(min_size=1, max_size=5), min_size=2, max_size=4, unique=True),
-    st.lists(st.text("ab+/.:%", min_size=1, max_size=4), min_size=1, max_size=4, unique=True),
+from mmpareto_optim import (
+    ConflictRecorder,
+    LossSlices,
+    MMParetoOptimizer,
+    plot_conflict,
+    plot_slices,
 )
-def test_tags_are_of_the_kind_that_mlflow_takes(losses: list[str], blocks: list[str]) -> None:
-    recorder, writer = ConflictRecorder(), Curves()
-    for block in blocks:
-        recorder.record(seen(block, tuple(losses)))
-    recorder.write_scalars(writer)
-    tags = [tag for tag, _, _ in writer.points]
-    assert all(MLFLOW.fullmatch(tag) and posixpath.normpath(tag) == tag for tag in tags)
-    assert not any(tag.startswith(("/", "..")) for tag in tags)
-    # No two curves under one name.
-    assert len(set(tags)) == len(tags) == len(blocks) * (4 + 2 * len(losses))
-
-
-def test_names_stay_readable() -> None:
-    recorder, writer = ConflictRecorder(), Curves()
-    for block in ("mm+audio", "mm-audio"):
-        recorder.record(seen(block, ("loss mm", "audio:1")))
-    recorder.write_scalars(writer)
-    tags = {tag for tag, _, _ in writer.points}
-    assert {"mm-audio/norm/loss mm", "mm-audio_2/norm/audio_1"} <= tags
-
-
-def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from torch.utils.tensorboard import SummaryWriter
-
-    recorder = recorded_training(steps=3)
-    with SummaryWriter(str(tmp_path)) as writer:
-        recorder.write_scalars(writer)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    found = [(event.step, event.value) for event in events.Scalars("mm-audio/cosine")]
-    rows = [row for row in recorder.rows() if row["block"] == "mm+audio"]
-    assert found == [(row["step"], pytest.approx(row["cosine"], rel=1e-6)) for row in rows]
+from tests.models import vectors_as_losses
+from tests.monitoring.helpers import Seen, recorded_training, seen
 
 
 def heights(line: Any) -> list[float]:
@@ -175,7 +52,7 @@ def test_picture(tmp_path: Path) -> None:
     assert (tmp_path / "conflict.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_picture_of_many_objectives_without_epochs_and_beside_a_zero_gradient() -> None:
+def test_picture_of_many_losses_without_epochs_and_beside_a_zero_gradient() -> None:
     pytest.importorskip("matplotlib", reason="the plot extra is not installed")
     param = nn.Parameter(torch.zeros(2))
     opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1))
@@ -223,6 +100,21 @@ def test_picture_of_many_losses(losses: int) -> None:
     assert corners.max() == pytest.approx(others.max())
     assert len(rate.lines) == 2
     assert (len(ratio.lines), len(ratio.collections)) == ((4, 1) if losses > 7 else (5, 0))
+
+
+def test_zero_gradients_do_not_count_in_the_rates() -> None:
+    """As in the summary: a loss times zero is a loss left out."""
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    recorder = ConflictRecorder()
+    for step in range(40):
+        recorder.epoch = step // 20
+        stats = seen("a+b", ("a", "b")).stats["a+b"]
+        stats.gram.copy_(torch.tensor([[1.0, -2.0], [-2.0, 9.0]]))
+        if step % 2:
+            stats.gram[1], stats.gram[:, 1] = 0, 0
+        recorder.record(Seen(**{"a+b": stats}))
+    _, rate, _ = plot_conflict(recorder).axes
+    assert [heights(line) for line in rate.lines] == [[100, 100]] * 2
 
 
 def test_picture_of_many_blocks() -> None:
@@ -295,3 +187,16 @@ def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"mmpareto-optim\[plot\]"):
         plot_conflict(rows)
+
+
+def test_picture_of_slices(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    distances = torch.tensor([-1.0, 0.0, 1.0])
+    sharp = LossSlices(distances, torch.tensor([[5.0, 1.0, 7.0], [3.0, 1.0, 3.0]]))
+    figure = plot_slices({"sharp": sharp, "flat": LossSlices(distances, torch.zeros(2, 3))})
+    (axes,) = figure.axes
+    assert [np.asarray(line.get_ydata()).tolist() for line in axes.lines] == [[3, 0, 4], [0, 0, 0]]
+    assert axes.lines[0].get_label() == "sharp: 3.5"
+    figure.savefig(tmp_path / "slices.png")
+    with pytest.raises(ValueError, match="no slices"):
+        plot_slices({})

@@ -1,8 +1,9 @@
 """Magnitude and batch-sampling covariance of gradients, against slow and known ones."""
 
+import math
 from collections.abc import Iterator
 from itertools import permutations
-from statistics import mean
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import GradientNoise, gradient_noise
-from tests.models import LateFusion, audio_visual_batch, grads
+from tests.models import LateFusion, audio_visual_batch, grads, vectors_as_losses
+from tests.monitoring.helpers import OTHER_DEFAULTS, defaults
 
 Batches = list[tuple[Tensor, Tensor, Tensor]]
 
@@ -45,7 +47,7 @@ def plain_gradients(model: LateFusion, batches: Batches, loss: str, part: nn.Mod
 
 @pytest.mark.parametrize("chunk", [7, 2**16])
 def test_same_as_the_covariance_matrix(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmpareto_optim.insight.noise.CHUNK", chunk)
+    monkeypatch.setattr("mmpareto_optim.monitoring.gradient_noise.CHUNK_SIZE", chunk)
     model = LateFusion()
     batches = [audio_visual_batch() for _ in range(9)]
     found = gradient_noise(model, model.losses, batches, model.audio)
@@ -55,6 +57,73 @@ def test_same_as_the_covariance_matrix(chunk: int, monkeypatch: pytest.MonkeyPat
         assert numbers(noise) == pytest.approx(expected, rel=1e-5)
         assert noise.norm == pytest.approx(max(expected[0], 0) ** 0.5, rel=1e-5)
         assert noise.batches == 9
+
+
+def products_across_batches(one: Tensor, other: Tensor) -> float:
+    """The mean product of gradients ``(n, d)`` of two losses over the pairs of unlike batches."""
+    pairs = permutations(range(len(one)), 2)
+    return mean(float(one[i].double() @ other[j].double()) for i, j in pairs)
+
+
+def test_products_are_those_of_different_batches() -> None:
+    model = LateFusion()
+    batches = [audio_visual_batch() for _ in range(6)]
+    found = gradient_noise(model, model.losses, batches, model.audio)
+    rows = {name: plain_gradients(model, batches, name, model.audio) for name in found}
+    for one, noise in found.items():
+        assert list(noise.products) == list(noise.cosines) == ["mm", "audio"]
+        assert noise.products[one] == noise.squared_norm
+        for other, product in noise.products.items():
+            expected = products_across_batches(rows[one], rows[other])
+            assert product == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_a_noise_that_two_losses_share_leaves_no_trace() -> None:
+    """Expected gradients that oppose each other, under a noise in common that hides it."""
+    param = nn.Parameter(torch.zeros(6, dtype=torch.float64))
+    truth = torch.zeros(2, 6, dtype=torch.float64)
+    truth[0, 0], truth[1, 0], truth[1, 1] = 1.0, -1.0, 1.0
+    products = []
+    for _ in range(200):
+        common = 2 * torch.randn(8, 1, 6, dtype=torch.float64)
+        noise = gradient_noise(
+            nn.ParameterList([param]), lambda rows: vectors_as_losses(param, rows), truth + common
+        )
+        products.append(noise["loss0"].products["loss1"])
+    error = stdev(products) / 200**0.5
+    assert error < 0.3  # a batch's own noise adds 24, that of a mean of eight batches 3
+    assert abs(mean(products) + 1) < 4 * error
+
+
+def test_cosines_are_those_of_the_expected_gradients() -> None:
+    rows = torch.tensor([[[3.0, 0.0], [-1.0, 1.0]]]).expand(4, 2, 2)
+    param = nn.Parameter(torch.zeros(2))
+    found = gradient_noise(
+        nn.ParameterList([param]), lambda rows: vectors_as_losses(param, rows), rows
+    )
+    assert found["loss0"].cosines == pytest.approx({"loss0": 1, "loss1": -(0.5**0.5)})
+    assert found["loss1"].cosines == pytest.approx({"loss0": -(0.5**0.5), "loss1": 1})
+
+
+def test_a_gradient_that_the_noise_hides_has_no_cosine() -> None:
+    rows = torch.tensor([[[1.0, 0.0], [1.0, 1.0]], [[-1.0, 0.0], [1.0, 1.0]]])
+    param = nn.Parameter(torch.zeros(2))
+    found = gradient_noise(
+        nn.ParameterList([param]), lambda rows: vectors_as_losses(param, rows), rows
+    )
+    assert found["loss0"].squared_norm == -1
+    assert math.isnan(found["loss0"].cosines["loss1"])
+    assert math.isnan(found["loss1"].cosines["loss0"])
+    assert found["loss1"].cosines["loss1"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("device", "dtype"), OTHER_DEFAULTS)
+def test_other_default_devices_and_dtypes(device: str, dtype: torch.dtype) -> None:
+    model = LateFusion()
+    batches = [audio_visual_batch() for _ in range(3)]
+    expected = repr(gradient_noise(model, model.losses, batches))
+    with defaults(device, dtype):
+        assert repr(gradient_noise(model, model.losses, batches)) == expected
 
 
 def test_parameters_that_only_some_batches_reach() -> None:
@@ -159,7 +228,7 @@ def test_the_model_and_the_generators_are_as_before() -> None:
     torch.testing.assert_close(grads(model), gradients, rtol=0, atol=0)
     assert all(one is other for one, other in zip(model.buffers(), buffers, strict=True))
     assert torch.get_rng_state().equal(random)
-    assert gradient_noise(model, model.losses, batches) == first
+    assert repr(gradient_noise(model, model.losses, batches)) == repr(first)
 
 
 def test_as_before_also_after_an_exception() -> None:
@@ -194,7 +263,7 @@ def test_frozen_parameters_are_left_out() -> None:
     batches = [audio_visual_batch() for _ in range(3)]
     part = gradient_noise(model, model.losses, batches, model.audio[2])
     model.audio[0].requires_grad_(False)
-    assert gradient_noise(model, model.losses, batches, model.audio) == part
+    assert repr(gradient_noise(model, model.losses, batches, model.audio)) == repr(part)
 
 
 def test_mistakes() -> None:
@@ -206,9 +275,9 @@ def test_mistakes() -> None:
         gradient_noise(model, lambda batch: model.losses(batch)["mm"], batches)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="no loss reaches params"):
         gradient_noise(model, lambda b: {"mm": model.losses(b)["mm"]}, batches, model.audio_head)
-    with pytest.raises(ValueError, match=r"params\[0\] of shape \(2,\) is not"):
+    with pytest.raises(ValueError, match=r"params\[0\], a Parameter, is not a parameter of"):
         gradient_noise(model, model.losses, batches, [nn.Parameter(torch.zeros(2))])
-    with pytest.raises(TypeError, match="got str at 0"):
+    with pytest.raises(ValueError, match=r"params\[0\], a str, is not"):
         gradient_noise(model, model.losses, batches, ["audio"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got list"):
         gradient_noise(list(model.parameters()), model.losses, batches)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from mmpareto_optim import (
     PhaseSummary,
 )
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
+from tests.monitoring.helpers import OTHER_DEFAULTS, defaults
 
 
 def recorded(steps: Tensor, **options: Any) -> ConflictRecorder:
@@ -103,7 +104,10 @@ def test_numbers(
         if step < count:
             steps[step, 0, 0] = value
     recorder = recorded(steps, integration=rule)
-    gradients, rows = steps.tolist(), recorder.rows()
+    meet = [sum(any(g) for g in gradients) > 1 for gradients in steps.tolist()]  # NaN is true
+    gradients = [step for step, counts in zip(steps.tolist(), meet, strict=True) if counts]
+    rows = [row for row, counts in zip(recorder.rows(), meet, strict=True) if counts]
+    count = len(rows)
     (block,) = recorder.summary().blocks
     assert block.objectives == tuple(f"loss{i}" for i in range(m))
     third = max(1, count // 3)
@@ -301,30 +305,77 @@ def test_printed_it_is_a_table() -> None:
     assert len({len(line) for line in (head, whole, early, late)}) == 1
 
 
-def test_noise_has_columns_where_it_was_measured() -> None:
-    param = nn.Parameter(torch.zeros(4))
-    integrator = GradientIntegrator([param], measure_noise=True)
-    recorder, across = ConflictRecorder(), []
-    common = torch.randn(2, 4)
-    for step in range(6):
+def recorded_with_absent_losses(zero: bool, **options: Any) -> ConflictRecorder:
+    """Two losses of which the second is absent in two steps of three: zero, or left out."""
+    generator = torch.Generator().manual_seed(0)
+    param = nn.Parameter(torch.zeros(2))
+    integrator = GradientIntegrator([param], **options)
+    recorder = ConflictRecorder()
+    for step in range(90):
+        losses = vectors_as_losses(param, torch.randn(2, 2, generator=generator))
+        if step % 3:
+            losses["loss1"] = 0 * losses["loss1"]
+            if not zero:
+                del losses["loss1"]
         integrator.zero_grad()
-        for _ in range(1 + step % 2):
-            integrator.backward(vectors_as_losses(param, common + torch.randn(2, 4) / 4))
+        integrator.backward(losses)
         recorder.record(integrator)
-        if step % 2:
-            (stats,) = integrator.stats.values()
-            assert stats.gram_across is not None
-            across.append(stats.gram_across)
-    rows = [row for row in recorder.rows() if "harmful_across" in row]
-    flags = [row["harmful"] and row["harmful_across"] for row in rows]
-    assert len(flags) == 3
-    summary = recorder.summary()
-    assert summary.blocks[0].whole.harmful_across == pytest.approx(sum(flags) / 3)
-    assert summary.blocks[0].whole.steps == 6
-    gram = torch.stack(across).mean(0)
-    cosine = float(gram[0, 1] / (gram[0, 0] * gram[1, 1]).sqrt())
-    assert summary.blocks[0].whole.cosine_across == pytest.approx(cosine, nan_ok=True)
-    assert "harmful across" in str(summary).splitlines()[0]
+    return recorder
+
+
+@pytest.mark.parametrize("integration", ["uniform", "mmpareto"])
+def test_a_loss_times_zero_is_a_loss_left_out(integration: str) -> None:
+    zero, left_out = (
+        recorded_with_absent_losses(zero, integration=integration).summary()
+        for zero in (True, False)
+    )
+    assert zero == left_out
+    (block,) = zero.blocks
+    assert block.whole.steps == 30
+    assert 0.2 < block.whole.harmful < 0.8
+    assert (block.whole.first_step, block.whole.last_step) == (0, 87)
+
+
+def test_zero_gradients_alone_are_nothing_recorded() -> None:
+    summary = recorded(torch.zeros(120, 2, 3), integration="uniform").summary()
+    assert summary.blocks == ()
+    assert "nothing recorded" in str(summary)
+
+
+def test_the_largest_coefficient_counts_the_stretch_of_tensors() -> None:
+    """As the gradients themselves say: what is written over what was differentiated."""
+    params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
+    integrator = GradientIntegrator(params, rescale="tensor")
+    recorder = ConflictRecorder()
+    rows = torch.tensor([[[1.0, 0.0], [-1.0, 2.0]], [[4.0, 0.0], [-3.9, 0.1]]]).double()
+    first, second = params
+    of_second = vectors_as_losses(second, rows[1])
+    losses = vectors_as_losses(first, rows[0])
+    integrator.backward({name: loss + of_second[name] for name, loss in losses.items()})
+    recorder.record(integrator)
+    (stats,) = integrator.stats.values()
+    assert stats.stretch is not None
+    largest = 0.0
+    for param, row in zip(params, rows, strict=True):
+        assert param.grad is not None
+        largest = max(largest, float(torch.linalg.solve(row.T, param.grad).max()))
+    assert stats.stretch.max() > stats.stretch.mean() > 1
+    (block,) = recorder.summary().blocks
+    assert block.whole.largest_coefficient == pytest.approx(largest)
+    assert recorder.rows()[0]["scale"] == pytest.approx(float(stats.stretch.mean()))
+
+
+@pytest.mark.parametrize(("device", "dtype"), OTHER_DEFAULTS)
+@pytest.mark.parametrize("rescale", ["encoder", "tensor"])
+def test_other_default_devices_and_dtypes(device: str, dtype: torch.dtype, rescale: str) -> None:
+    recorder = recorded(torch.randn(12, 3, 4), rescale=rescale)
+    summary, rows = recorder.summary(), recorder.rows()
+    with defaults(device, dtype):
+        assert recorder.summary() == summary
+        assert recorder.rows() == rows
+        other = ConflictRecorder()
+        other.load_state_dict(recorder.state_dict())
+        assert other.summary() == summary
 
 
 def test_a_recording_of_integrated_steps_says_so() -> None:
