@@ -1,6 +1,6 @@
 """The library against the reference of the fuzzer, on random models.
 
-``python -m pytest tests/fuzz/test_fuzz.py -s --fuzz-models 10000 --fuzz-seed 400`` goes on from
+``python -m pytest tests/fuzz/test_fuzz.py -s --fuzz-models 10000 --fuzz-seed 200`` goes on from
 where the default run ends; a failure prints the seed that brings it back.
 """
 
