@@ -143,21 +143,24 @@ def test_gradients_in_another_dtype_than_the_parameter() -> None:
     torch.testing.assert_close(half.grad, full.grad)
 
 
+attribute: Any = Tensor.grad  # with the methods of a property
+
+
 class Stubborn(nn.Parameter):
     """Takes no other ``.grad`` while it is told not to."""
 
     refuses = False
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
-        found: Tensor | None = Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+    def grad(self) -> Tensor | None:
+        found: Tensor | None = attribute.__get__(self)
         return found
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if self.refuses and value is not self.grad:
             raise RuntimeError("this .grad is not to be replaced")
-        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+        attribute.__set__(self, value)
 
 
 @pytest.mark.parametrize("stubborn", [0, 1, 2])

@@ -352,21 +352,22 @@ class Poisson(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         sizes = [1, 16, 16, 1]
-        self.layers = nn.ModuleList(nn.Linear(*each) for each in pairwise(sizes))
+        layers = [nn.Linear(*each) for each in pairwise(sizes)]
+        self.hidden, self.last = nn.ModuleList(layers[:-1]), layers[-1]
         self.double()
         self.points = torch.linspace(-1, 1, 33, dtype=torch.float64).unsqueeze(1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The value and the second derivative, by the chain rule beside the value."""
         value, first, second = x, torch.ones_like(x), torch.zeros_like(x)
-        *hidden, last = self.layers
-        for layer in hidden:
+        for layer in self.hidden:
             value = layer(value).tanh()
-            first, second = first @ layer.weight.T, second @ layer.weight.T
+            weight = torch.as_tensor(layer.weight).T
+            first, second = first @ weight, second @ weight
             slope = 1 - value.square()
             second = slope * second - 2 * value * slope * first.square()
             first = slope * first
-        return last(value), second @ last.weight.T
+        return self.last(value), second @ self.last.weight.T
 
     def solution(self) -> Tensor:
         return (torch.pi * self.points).sin() + 0.5 * (1 - self.points.square())

@@ -78,7 +78,7 @@ class Launches(TorchDispatchMode):
 def launches_of(function: Callable[[], object]) -> int:
     with Launches() as launches:  # type: ignore[no-untyped-call]
         function()
-    return launches.count
+    return int(launches.count)
 
 
 def beside_the_passes(
