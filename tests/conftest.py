@@ -18,8 +18,8 @@ settings.load_profile("default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("fuzz", "the differential fuzzer (tests/test_fuzz.py)")
-    group.addoption("--fuzz-models", type=int, default=400, help="how many models to draw")
+    group = parser.getgroup("fuzz", "the differential fuzzer (tests/fuzz/test_fuzz.py)")
+    group.addoption("--fuzz-models", type=int, default=200, help="how many models to draw")
     group.addoption("--fuzz-seed", type=int, default=0, help="the seed of the first model")
 
 

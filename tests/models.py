@@ -8,6 +8,10 @@ from torch.nn.functional import cross_entropy
 
 Losses = dict[str, Tensor]
 
+FLOAT32_PRODUCTS = 256 * 2.0**-24
+"""How far an inner product of float32 gradients may be off, relative to the product of their
+lengths: 256 numbers at a time are multiplied and added in float32."""
+
 
 class LateFusion(nn.Module):
     """Two encoders, two unimodal heads, a joint head."""
@@ -50,6 +54,18 @@ def audio_visual_batch(
 def vectors_as_losses(param: Tensor, gradients: Tensor) -> Losses:
     """Linear losses whose gradients with respect to ``param`` are the rows of ``gradients``."""
     return {f"loss{i}": (param * row.view_as(param)).sum() for i, row in enumerate(gradients)}
+
+
+def assert_gram(found: Tensor, rows: Tensor) -> None:
+    """That ``found`` holds the inner products of ``rows``, each up to the bound of its error."""
+    wide = rows.detach().double()
+    size = rows.shape[1]
+    relative = size * 2.0**-52  # of the products here as well
+    if rows.dtype != torch.float64:
+        relative += FLOAT32_PRODUCTS
+    lengths = wide.norm(dim=1)
+    apart = (found.double().cpu() - wide @ wide.T).abs()
+    assert (apart <= relative * torch.outer(lengths, lengths)).all(), apart.max()
 
 
 def grads(model: nn.Module) -> list[Tensor | None]:

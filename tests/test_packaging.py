@@ -136,6 +136,7 @@ def test_the_installed_wheel_reports_versions(archives: tuple[Path, Path], tmp_p
 
 
 def test_the_report_names_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # internal: mmpareto_optim.__main__.report, as no machine has two GPUs for a test.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")

@@ -1,8 +1,8 @@
 """What ``.grad`` has to be after a backward, computed slowly and without the library.
 
 One plain backward for each loss, everything else in numpy and float64. The definitions are those
-of the design: a loss reaches a parameter once it has given it a gradient other than zero, a zero
-gradient counts as an absent loss, and blocks that the same losses move are one block.
+of the design: a loss reaches a parameter once it has given it a gradient other than zero, and a
+zero gradient counts as an absent loss within its block.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +16,11 @@ from torch import Tensor
 from tests.fuzz.rules import Array, Settings, combine
 
 Pair = tuple[str, int]
+
+# As the core is to be: a loss that comes alive after it was zero counts from the next backward on,
+# small blocks join large ones, and blocks that the same losses move stay apart. Until then pairs
+# count at once, and blocks that the same losses move in a step are one.
+NEW_CORE = False
 
 
 @dataclass
@@ -36,6 +41,8 @@ class History:
     """What earlier backward passes of the same optimizer left behind."""
 
     reached: set[Pair] = field(default_factory=set)
+    asleep: set[Pair] = field(default_factory=set)
+    awoken: set[Pair] = field(default_factory=set)
     sums: dict[Pair, Array] = field(default_factory=dict)
     sizes: dict[Pair, float] = field(default_factory=dict)
     start: dict[int, Array | None] = field(default_factory=dict)
@@ -61,7 +68,7 @@ def exact(
     _accumulate(history, gradients(losses, parameters))
     named = [list(members) for members in modalities]
     outcomes = {index: Outcome(None) for index in range(len(parameters))}
-    for names, members, rule in _blocks(history, len(parameters), settings, named):
+    for names, members, rule in _blocks(history, parameters, settings, named):
         outcomes |= _integrated(history, names, members, parameters, rule)
     return {index: _onto_start(history, index, outcome) for index, outcome in outcomes.items()}
 
@@ -88,7 +95,7 @@ def at_features(
             _start_again(history, index, parameter)
     _accumulate(history, {pair: g for pair, g in both.items() if pair[1] < count})
     outcomes = {index: Outcome(None) for index in range(count)}
-    for names, members, rule in _blocks(history, count, settings, []):
+    for names, members, rule in _blocks(history, parameters, settings, []):
         outcomes |= _integrated(history, names, members, parameters, rule)
     outcomes |= behind
     return {i: _onto_start(history, i, outcome) for i, outcome in outcomes.items()}, at
@@ -131,11 +138,22 @@ def _start_again(history: History, index: int, parameter: Tensor) -> None:
 
 
 def _accumulate(history: History, found: Mapping[Pair, Array]) -> None:
+    history.reached |= history.awoken
+    history.awoken.clear()
     for pair, gradient in found.items():
-        if np.isfinite(gradient).all() and gradient.any():
-            history.reached.add(pair)
+        if np.isfinite(gradient).all():
+            _look(history, pair, bool(gradient.any()))
         history.sums[pair] = np.asarray(history.sums.get(pair, 0.0) + gradient)
         history.sizes[pair] = history.sizes.get(pair, 0.0) + float(np.linalg.norm(gradient))
+
+
+def _look(history: History, pair: Pair, moved: bool) -> None:
+    if not moved and pair not in history.reached:
+        history.asleep.add(pair)
+    elif moved and NEW_CORE and pair in history.asleep and pair not in history.reached:
+        history.awoken.add(pair)
+    elif moved:
+        history.reached.add(pair)
 
 
 def _reaching(history: History, index: int) -> frozenset[str]:
@@ -147,6 +165,27 @@ def _reaching(history: History, index: int) -> frozenset[str]:
     )
 
 
+def _joined(
+    by_reach: Mapping[frozenset[str], list[int]], parameters: Sequence[Tensor]
+) -> dict[frozenset[str], list[int]]:
+    """Small blocks in the large ones that they join."""
+    size = {names: sum(parameters[p].numel() for p in at) for names, at in by_reach.items()}
+
+    def host(names: frozenset[str]) -> frozenset[str]:
+        larger = [n for n in size if names < n]
+        few = size[names] < len(names)
+        fit = [n for n in larger if few and size[n] >= len(n)]
+        fit = fit or [n for n in larger if size[n] >= 100 * size[names]]
+        if len(names) < 2 or not fit:
+            return names
+        return host(min(fit, key=lambda n: size[n]))
+
+    joined: dict[frozenset[str], list[int]] = {}
+    for names, members in by_reach.items():
+        joined.setdefault(host(names), []).extend(members)
+    return joined
+
+
 def _moving(history: History, names: Iterable[str], members: Iterable[int]) -> frozenset[str]:
     """The losses whose gradient on these parameters is not exactly zero."""
     return frozenset(
@@ -155,9 +194,13 @@ def _moving(history: History, names: Iterable[str], members: Iterable[int]) -> f
 
 
 def _blocks(
-    history: History, count: int, settings: Settings, modalities: list[list[int]]
+    history: History,
+    parameters: Sequence[Tensor],
+    settings: Settings,
+    modalities: list[list[int]],
 ) -> list[tuple[list[str], list[int], Settings]]:
     """Names of losses, indices of parameters and the rule of each block."""
+    count = len(parameters)
     if modalities:
         blocks = [(_union(history, members), members, settings) for members in modalities]
         rest = sorted(set(range(count)) - {index for members in modalities for index in members})
@@ -166,7 +209,9 @@ def _blocks(
     by_reach: dict[frozenset[str], list[int]] = {}
     for index in range(count):
         by_reach.setdefault(_reaching(history, index), []).append(index)
-    if callable(settings.rule):
+    if NEW_CORE:
+        by_reach = _joined(by_reach, parameters)
+    if NEW_CORE or callable(settings.rule):
         return [(sorted(names), members, settings) for names, members in by_reach.items()]
     merged: dict[frozenset[str], list[int]] = {}
     for names, members in by_reach.items():
@@ -194,10 +239,13 @@ def _integrated(
     sizes = [[history.sizes.get((name, p), 0.0) for p in live] for name in names]
     shapes = [nothing[p] for p in live]
     combined = combine(rows, sizes, shapes, settings, [parameters[p].dtype for p in live])
-    return {
-        p: Outcome(value, scale, doubt)
-        for p, (value, scale, doubt) in zip(live, combined, strict=True)
-    }
+    found = {}
+    for p, (value, scale, doubt) in zip(live, combined, strict=True):
+        # What has just come alive belongs to no block yet.
+        others = [pair for pair in history.sums if pair[1] == p and pair[0] not in names]
+        value = np.asarray(value + sum(history.sums[pair] for pair in others))
+        found[p] = Outcome(value, max(scale, *(history.sizes[o] for o in others), 0.0), doubt)
+    return found
 
 
 def _at_feature(

@@ -1,5 +1,6 @@
 """The two sides of a comparison: a network with its base optimizer, and the library around one."""
 
+from inspect import signature
 from random import Random
 from typing import Any
 
@@ -56,13 +57,14 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 class Library:
     """The library around a side; one object for the optimizer and for the integrator."""
 
-    def __init__(self, side: Side, memory: str = "normal") -> None:
+    def __init__(self, side: Side) -> None:
         case = side.case
         self.side, self.case = side, case
         self.groups = {k: side.model.encoders[k] for k in case.modalities} or None
         options: dict[str, Any] = {"integration": CALLABLES.get(case.rule, case.rule)}
-        options["memory"] = memory
         options["gamma"] = case.settings.gamma
+        if "check" in signature(MMParetoOptimizer).parameters:
+            options["check"] = False  # a pass more in the first step, whose hooks would be counted
         options["rescale"] = "tensor" if case.tensorwise else "encoder"
         if self.groups and not case.at_each_call:
             options["param_groups_by_modality"] = self.groups

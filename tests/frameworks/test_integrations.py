@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from mmpareto_optim import MMParetoOptimizer
-from tests.frameworks import accelerated, hf_trainer
+from tests.frameworks.loops import accelerated, hf_trainer
 from tests.models import LateFusion, Losses, audio_visual_batch
 
 # The libraries warn of their own affairs, some at import.

@@ -195,29 +195,30 @@ def test_gradients_that_somebody_kept_do_not_change_later() -> None:
 def test_gradients_of_single_losses_do_not_outlive_the_step(end: str) -> None:
     model = LateFusion()
     opt = wrapped(model)
-    shape = (23, 29)
-    odd = nn.Parameter(torch.zeros(shape))
-    opt.add_param_group({"params": [odd]})
+    large = nn.Parameter(torch.zeros(1000, 1000))
+    opt.add_param_group({"params": [large]})
 
-    def alive() -> int:
-        return sum(
-            type(thing) is Tensor
-            and thing.shape == shape
-            and thing.device.type == "cpu"
-            and thing is not odd.grad
-            for thing in gc.get_objects()
-        )
+    def held() -> float:
+        """In sizes of the large parameter: all tensors that are alive, but for its ``.grad``."""
+        seen: dict[int, int] = {}
+        for thing in gc.get_objects():
+            if type(thing) is Tensor and thing.device.type == "cpu" and thing is not large.grad:
+                storage = thing.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        return sum(seen.values()) / large.nbytes
 
-    before = alive()
+    gc.collect()
+    before = held()
     losses = model.losses(audio_visual_batch())
-    losses = {name: loss + odd.sum() for name, loss in losses.items()}
+    losses = {name: loss + large.sum() for name, loss in losses.items()}
     if end == "step with losses":
         opt.step(losses=losses)
     else:
         opt.backward(losses)
-        assert alive() == before + 3
+        assert held() > before + 2.5  # more micro-batches may come
         opt.step() if end == "step" else opt.zero_grad()
-    assert alive() == before
+    del losses
+    assert held() < before + 0.1
 
 
 @given(st.integers(1, 4), st.integers(2, 4), st.integers(0, 2**31))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_examples import EXAMPLES, METHODS, run
+from tests.examples.running import EXAMPLES, METHODS, run
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.test_examples import EXAMPLES, METHODS, run
+from tests.examples.running import EXAMPLES, METHODS, run
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")

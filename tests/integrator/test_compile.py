@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.integrator.test_features import grads, optimizer, setting
 from tests.models import LateFusion, audio_visual_batch
-from tests.test_features import grads, optimizer, setting
 
 # The compiler's own.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
-from mmpareto_optim.window import Window
 from tests.models import LateFusion, Losses, audio_visual_batch, grads, vectors_as_losses
 
 
@@ -144,23 +143,44 @@ def test_gradients_in_another_dtype_than_the_parameter() -> None:
     torch.testing.assert_close(half.grad, full.grad)
 
 
-def test_what_cannot_be_written_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LateFusion()
-    opt = wrapped(*model.parameters())
-    opt.backward(model.losses(audio_visual_batch()))
-    before, values = [param.grad for param in model.parameters()], grads(model)
-    plain = Window._with_foreign
+attribute: Any = Tensor.grad  # with the methods of a property
 
-    def too_short(self: Window, position: int, gradient: Tensor) -> Tensor:
-        last = position == len(self.params) - 1
-        return gradient.new_zeros(7) if last else plain(self, position, gradient)
 
-    monkeypatch.setattr(Window, "_with_foreign", too_short)
-    monkeypatch.setattr(Window, "_seems_untouched", lambda *_: False)
-    with pytest.raises(RuntimeError, match="grad"):
-        opt.backward(model.losses(audio_visual_batch()))
-    assert all(p.grad is grad for p, grad in zip(model.parameters(), before, strict=True))
-    torch.testing.assert_close(grads(model), values)
+class Stubborn(nn.Parameter):
+    """Takes no other ``.grad`` while it is told not to."""
+
+    refuses = False
+
+    @property
+    def grad(self) -> Tensor | None:
+        found: Tensor | None = attribute.__get__(self)
+        return found
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if self.refuses and value is not self.grad:
+            raise RuntimeError("this .grad is not to be replaced")
+        attribute.__set__(self, value)
+
+
+@pytest.mark.parametrize("stubborn", [0, 1, 2])
+def test_what_cannot_be_written_leaves_all_as_it_was(stubborn: int) -> None:
+    params: list[Any] = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+    params[stubborn] = Stubborn(torch.zeros(3))
+    rows = torch.tensor([[1.0, 2.0, 0.0], [-1.0, 0.5, 1.0]])
+
+    def losses() -> Losses:
+        return vectors_as_losses(torch.stack(params).sum(0), rows)
+
+    opt = wrapped(*params)
+    opt.backward(losses())
+    before = [param.grad for param in params]
+    values = [gradient.clone() for gradient in before]
+    params[stubborn].refuses = True
+    with pytest.raises(RuntimeError, match="not to be replaced"):
+        opt.backward(losses())
+    assert all(param.grad is gradient for param, gradient in zip(params, before, strict=True))
+    assert all(param.grad.equal(value) for param, value in zip(params, values, strict=True))
 
 
 @pytest.fixture

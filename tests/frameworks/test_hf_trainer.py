@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import MMParetoOptimizer
-from tests.frameworks import hf_trainer
+from tests.frameworks.loops import hf_trainer
 
 transformers = pytest.importorskip("transformers", reason="the integrations extra is missing")
 pytest.importorskip("accelerate", reason="the integrations extra is missing")

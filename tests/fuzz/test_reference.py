@@ -105,13 +105,13 @@ def test_one_loss_through_features_gives_a_plain_backward(seed: int) -> None:
 
 
 @given(seeds, st.sampled_from(["mmpareto", "pareto", "uniform"]), st.integers(0, 3))
-def test_a_loss_left_out_times_zero_or_saturated_gives_the_same(
-    seed: int, rule: str, which: int
-) -> None:
+def test_a_loss_times_zero_or_saturated_is_absent(seed: int, rule: str, which: int) -> None:
     plan = replace(plan_of(seed), delivery="apart")
     names = Network.names_of(plan)
     values = []
-    for fate in ("left out", "zero", "saturated"):
+    # What is left out leaves blocks that only it told apart as one; what is zero does not.
+    fates = ["zero", "saturated"] if reference.NEW_CORE else ["left out", "zero", "saturated"]
+    for fate in fates:
         model, history = Network(plan, seed), History()
         settings = Settings(rule, 1.5)
         reference.exact(history, losses_of(model, seed), trained(model), settings)
@@ -122,9 +122,9 @@ def test_a_loss_left_out_times_zero_or_saturated_gives_the_same(
         values.append(
             [zero if found[i].value is None else found[i].value for i, zero in enumerate(sizes)]
         )
-    for left, zero, saturated in zip(*values, strict=True):
-        np.testing.assert_allclose(zero, left, rtol=1e-9, atol=1e-13)
-        np.testing.assert_allclose(saturated, left, rtol=1e-9, atol=1e-13)
+    for first, *others in zip(*values, strict=True):
+        for other in others:
+            np.testing.assert_allclose(other, first, rtol=1e-9, atol=1e-12)
 
 
 @given(seeds)

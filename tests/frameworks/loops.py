@@ -25,7 +25,7 @@ def hf_trainer(model: nn.Module, folder: Path, options: dict[str, Any], **given:
     """The example's trainer with SGD in the order of the data, and ``options`` on top."""
     from transformers import TrainingArguments
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
     try:
         from hf_trainer import MMParetoTrainer
     finally:

@@ -1,6 +1,6 @@
 """The library against the reference of the fuzzer, on random models.
 
-``python -m pytest tests/test_fuzz.py -s --fuzz-models 10000 --fuzz-seed 400`` goes on from
+``python -m pytest tests/fuzz/test_fuzz.py -s --fuzz-models 10000 --fuzz-seed 200`` goes on from
 where the default run ends; a failure prints the seed that brings it back.
 """
 
@@ -32,7 +32,7 @@ def _told(case: Case, error: Exception) -> str:
 
 def _summary(failures: dict[int, str], count: int) -> str:
     shown = "\n\n".join(
-        f"python -m pytest tests/test_fuzz.py --fuzz-models 1 --fuzz-seed {seed}\n{told}"
+        f"python -m pytest tests/fuzz/test_fuzz.py --fuzz-models 1 --fuzz-seed {seed}\n{told}"
         for seed, told in list(failures.items())[:SHOWN]
     )
     return f"{len(failures)} of {count} models differ, seeds {[*failures]}\n\n{shown}"

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmpareto_optim import MMParetoOptimizer
-from tests.frameworks import accelerated
+from tests.frameworks.loops import accelerated
 from tests.models import LateFusion, audio_visual_batch
 
 accelerate = pytest.importorskip("accelerate", reason="the integrations extra is not installed")

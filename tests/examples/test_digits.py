@@ -1,7 +1,6 @@
 """The examples as a newcomer runs them, cut short."""
 
 import gzip
-import json
 import struct
 import subprocess
 import sys
@@ -10,25 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.examples.running import EXAMPLES, METHODS, run
+
 HEADS = {"colored_gray_digits": {"mm", "gray", "colour"}, "multimnist": {"left", "right"}}
-METHODS = {"one joint loss", "uniform", "uniform x 1.5", "conventional Pareto", "MMPareto"}
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
-
-
-def run(name: str, output: Path, *options: str) -> dict[str, object]:
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--output", str(output), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert all(method in done.stdout for method in METHODS)
-    (picture,) = output.glob("*.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    (runs,) = output.glob("*.json")
-    document: dict[str, object] = json.loads(runs.read_text())
-    return document
 
 
 @pytest.mark.parametrize("name", HEADS)

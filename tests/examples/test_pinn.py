@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_examples import EXAMPLES
+from tests.examples.running import EXAMPLES
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
