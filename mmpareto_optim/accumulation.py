@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmpareto_optim.distributed.processes import Processes
+from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.rows import Row, layout_of, sum_of_rows
 from mmpareto_optim.types import Gradient
 

@@ -1,21 +1,124 @@
-"""One loss, or an encoder's output, -> its gradients; errors of autograd with the mend."""
+"""One loss -> its gradients -> a row; errors of autograd with the mend."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from mmpareto_optim.types import Describe, Gradient, Losses
+from mmpareto_optim.graph import leaves_beside
+from mmpareto_optim.messages import warn_of_unheld
+from mmpareto_optim.rows import Form, Row, forms_of, layout_of
+from mmpareto_optim.types import Constants, Describe, Gradient, Losses
 
-Edge = tuple[Any, int]
-"""A node of the graph and which of its outputs."""
+if TYPE_CHECKING:
+    from mmpareto_optim.distributed.single import Processes
 
-DEEPEST = 1000
-"""How many nodes deep a graph is walked. Each node that was looked at is freed by a recursion in
-PyTorch, which ends the process some ten thousand nodes deep."""
+Rows = dict[str, Row]
+"""By the name of the loss."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """One backward, of which all that was given is checked.
+
+    Attributes:
+        losses: by name.
+        params: what is differentiated by.
+        processes: those that integrate as one.
+        constants: what these have in common, by the names of error messages.
+        retain_graph: whether the graph is needed again.
+        describe: a parameter's name for error messages.
+    """
+
+    losses: Losses
+    params: Sequence[Tensor]
+    processes: "Processes"
+    constants: Constants
+    retain_graph: bool
+    describe: Describe
+
+
+class Differentiation:
+    """Differentiates one loss after the other; remembers what graphs turned out to be like.
+
+    Attributes:
+        is_first: whether there has been no backward yet.
+    """
+
+    def __init__(self) -> None:
+        self.is_first = True
+        self._functions_call_backward = False
+
+    def rows(self, backward: Backward) -> Rows:
+        """Each loss's gradient at the parameters, averaged over the processes.
+
+        The pass that frees the graph should be the one that reaches most of it, and the joint
+        loss is usually named first: so the first loss is the last.
+        """
+        forms = local_forms(backward)
+        others = self._leaves_to_pass_through(backward)
+        names = backward.processes.losses_of_all(backward.losses, backward.constants)
+        rows = {}
+        for name in reversed(names):
+            gradient = self.gradient_of(backward, name, backward.params, others, names[0])
+            rows[name] = averaged_row(backward.processes, name, forms, gradient)
+            del gradient  # autograd's own tensors, before the next pass makes more of them
+        backward.processes.wait()
+        self.is_first = False
+        return {name: rows[name] for name in names}
+
+    def gradient_of(
+        self,
+        backward: Backward,
+        name: str,
+        targets: Sequence[Tensor],
+        others: Sequence[Tensor],
+        last: str,
+    ) -> Gradient:
+        """A loss's gradient at some tensors; the pass of the last loss frees the graph."""
+        if name not in backward.losses:  # another process has it
+            return [None] * len(targets)
+        try:
+            gradient = backward.processes.differentiate(
+                [backward.losses[name]], targets, others, backward.retain_graph or name != last
+            )
+        except RuntimeError as error:
+            raise_explained(error, f"loss {name!r}")
+        self._functions_call_backward |= add_what_functions_wrote(gradient, targets)
+        check_dense(name, gradient, targets, backward.describe)
+        return gradient
+
+    def _leaves_to_pass_through(self, backward: Backward) -> Sequence[Tensor]:
+        """Leaves beside the parameters, on the way to which a function may call ``backward``.
+
+        Looked for in the first backward, and in each one where there are such functions.
+        """
+        if backward.processes.shares is not None:  # backward() passes through all
+            return ()
+        if not (self.is_first or self._functions_call_backward):
+            return ()
+        leaves = leaves_beside(backward.params, backward.losses)
+        if self.is_first:
+            warn_of_unheld(leaves)
+        return list(leaves)
+
+
+def local_forms(backward: Backward) -> tuple[Form, ...]:
+    """What this process holds of the parameters."""
+    return forms_of([backward.processes.local(param) for param in backward.params])
+
+
+def averaged_row(
+    processes: "Processes", name: str, forms: tuple[Form, ...], gradient: Gradient
+) -> Row:
+    """A gradient as a row, whose average over the processes begins."""
+    given = processes.given_by_all(name, tuple(piece is not None for piece in gradient))
+    row = layout_of(forms, given).flatten(gradient)
+    processes.average(row)
+    return row
 
 
 def by_autograd(
@@ -83,7 +186,9 @@ def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
             param.grad = gradient
 
 
-def gradients_of(losses: Losses, params: Sequence[Tensor], describe: Describe) -> dict[str, Gradient]:
+def gradients_of(
+    losses: Losses, params: Sequence[Tensor], describe: Describe
+) -> dict[str, Gradient]:
     """Differentiate each loss by the parameters, on this process.
 
     Args:
@@ -114,57 +219,6 @@ def check_dense(
                 f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
                 "gradients can be integrated: build the embedding with sparse=False"
             )
-
-
-def edge_of(tensor: Tensor) -> Edge:
-    """Where a tensor stands in the graph."""
-    edge = get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
-
-
-def edges_behind(
-    starts: Iterable[Edge], stops: Container[Edge] = (), seen: set[Edge] | None = None
-) -> Iterator[Edge]:
-    """Each edge on the way from some to the leaves, once, down to a depth of ``DEEPEST``.
-
-    Args:
-        starts: where the way begins.
-        stops: edges where it ends.
-        seen: edges to leave out; those that are given are added.
-    """
-    seen = set() if seen is None else seen
-    level = list(starts)
-    for _ in range(DEEPEST):
-        behind: list[Edge] = []
-        for edge in level:
-            if edge[0] is None or edge in seen:
-                continue
-            seen.add(edge)
-            yield edge
-            if edge not in stops:
-                behind.extend(edge[0].next_functions)
-        level = behind
-
-
-def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
-    """The leaf tensors among some edges: those that a backward would accumulate into."""
-    return {node.variable for node, _ in edges if type(node).__name__ == "AccumulateGrad"}
-
-
-def leaves_beside(params: Sequence[Tensor], losses: Losses) -> Mapping[Tensor, str]:
-    """The leaves behind some losses that are not among the parameters, and the first such loss.
-
-    Autograd leaves out what leads to nothing that it is asked for. A function that calls
-    ``backward`` on parameters inside it may be on the way to another leaf alone.
-    """
-    stops, seen = {edge_of(param) for param in params}, set[Edge]()
-    held = set(params)
-    return {
-        leaf: name
-        for name, loss in losses.items()
-        for leaf in leaves_of(edges_behind([edge_of(loss)], stops, seen))
-        if leaf not in held
-    }
 
 
 def raise_explained(error: RuntimeError, what: str) -> NoReturn:

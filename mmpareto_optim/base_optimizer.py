@@ -1,8 +1,7 @@
 """What a base optimizer must be, and torch.optim's contract for an optimizer around one."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -59,28 +58,20 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
         )
 
 
-@contextmanager
-def explaining_second_order(base: Optimizer, integrated: Callable[[], bool]) -> Iterator[None]:
-    """The error of a base that differentiates integrated gradients once more, with its mend.
+def raise_if_second_order(base: Optimizer, error: RuntimeError) -> None:
+    """Raise a step's error with its mend, if the base wants to differentiate gradients once more.
 
     Such bases (AdaHessian, SophiaH) tell nothing of it before they step; what they then raise is
     torch's own error, or one of theirs, about a gradient without a ``grad_fn``.
-
-    Args:
-        base: an optimizer, while it steps.
-        integrated: whether the gradients are ours; other errors of the kind are the user's.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if "grad_fn" not in str(error) or not integrated():
-            raise
-        names = (type(each).__name__ for each in getattr(base, "optimizers", [base]))
-        raise RuntimeError(
-            f"{' or '.join(names)} differentiates the gradients once more, as after "
-            "backward(create_graph=True), and integrated gradients have no graph: take a base of "
-            "first derivatives, or one whose step takes an estimate of the Hessian (docs/faq.md)"
-        ) from error
+    if "grad_fn" not in str(error):
+        return
+    names = (type(each).__name__ for each in getattr(base, "optimizers", [base]))
+    raise RuntimeError(
+        f"{' or '.join(names)} differentiates the gradients once more, as after "
+        "backward(create_graph=True), and integrated gradients have no graph: take a base of "
+        "first derivatives, or one whose step takes an estimate of the Hessian (docs/faq.md)"
+    ) from error
 
 
 def check_differentiated(result: Any, groups: Iterable[Mapping[str, Any]]) -> None:

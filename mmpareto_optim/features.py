@@ -5,7 +5,7 @@ gradients at a shared representation (MGDA-UB): the encoders are then passed thr
 with the integrated gradient, and not once a loss.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,15 +13,72 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.autograd import (
-    Edge,
+    Backward,
+    Differentiation,
+    Rows,
+    add_what_functions_wrote,
+    averaged_row,
     by_autograd,
-    edge_of,
-    edges_behind,
+    local_forms,
     raise_explained,
-    leaves_of,
 )
-from mmpareto_optim.messages import warn
+from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
+from mmpareto_optim.messages import warn, warn_of_unheld
+from mmpareto_optim.rows import Row, forms_of, layout_of
 from mmpareto_optim.types import Describe, Features, Gradient, Losses
+
+IntegrateAt = Callable[[Rows], Sequence[Tensor]]
+"""From the rows at the features to one gradient for each feature."""
+
+
+def rows_through(
+    differentiation: Differentiation,
+    backward: Backward,
+    features: Features,
+    integrate_at: IntegrateAt,
+) -> tuple[Rows, Row, Mapping[str, set[Tensor]]]:
+    """Each loss's gradient down to the features, and the integrated one behind them.
+
+    Returns:
+        The rows at the parameters that are behind no feature; the gradient of those that are,
+        which is added as it is; and by feature the leaves that it is computed from.
+    """
+    params, processes = backward.params, backward.processes
+    paths = FeaturePaths(backward.losses, features, params, backward.describe)
+    if differentiation.is_first:
+        leaves = [*paths.others_before, *paths.others_behind]
+        warn_of_unheld(dict.fromkeys(leaves, next(iter(backward.losses))))
+    outputs = list(features.values())
+    forms, forms_at = local_forms(backward), forms_of(outputs)
+    targets = [*outputs, *(params[position] for position in paths.heads)]
+    names = processes.losses_of_all(backward.losses, backward.constants)
+    rows, rows_at = {}, {}
+    with hooks_set_aside(outputs):
+        for name in reversed(names):
+            found = differentiation.gradient_of(
+                backward, name, targets, paths.others_before, names[0]
+            )
+            at, gradient = found[: len(outputs)], _spread(found, paths.heads, len(params))
+            del found
+            given = processes.given_by_all(name, tuple(piece is not None for piece in at))
+            rows_at[name] = layout_of(forms_at, given).flatten(at)
+            rows[name] = averaged_row(processes, name, forms, gradient)
+            del at, gradient
+    integrated = integrate_at({name: rows_at[name] for name in names})
+    behind = paths.through_encoders(params, integrated, backward.retain_graph)
+    add_what_functions_wrote(behind, params)
+    plain = averaged_row(processes, "features", forms, behind)
+    processes.wait()
+    differentiation.is_first = False
+    return {name: rows[name] for name in names}, plain, paths.behind
+
+
+def _spread(found: Gradient, heads: Sequence[int], size: int) -> Gradient:
+    """What was found behind the features, by position of the parameter."""
+    gradient: Gradient = [None] * size
+    for position, piece in zip(heads, found[-len(heads) :] if heads else (), strict=True):
+        gradient[position] = piece
+    return gradient
 
 
 class FeaturePaths:

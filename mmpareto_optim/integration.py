@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmpareto_optim.blocks import Block, Group, groups_of
-from mmpareto_optim.distributed.processes import Processes
+from mmpareto_optim.blocks import Block
+from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.gram import gram_matrix
+from mmpareto_optim.groups import Group, groups_of
 from mmpareto_optim.options import Options
 from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
 from mmpareto_optim.rules import Rounding, Rule, applied_gamma, coefficients_of_blocks
@@ -23,10 +24,12 @@ class Integrated(NamedTuple):
     Attributes:
         gradients: by position of a parameter, in its shape, each in memory of its own.
         stats: by name of a block.
+        coefficients: by name of a block, as numbers, where nothing waits for them.
     """
 
     gradients: dict[int, Tensor]
     stats: dict[str, BlockStats]
+    coefficients: dict[str, list[float]]
 
 
 class Integration:
@@ -87,7 +90,13 @@ class Integration:
                     flat = combine(of_rows, factors)
                 found = unflatten(flat, span.forms, is_new=flat is not of_rows[0])
                 gradients.update(zip(span.positions, found, strict=True))
-        return Integrated(gradients, self._stats(met, grams, coefficients, stretches))
+        stats = self._stats(met, grams, coefficients, stretches)
+        known = {
+            block.name: each.tolist()
+            for block, each in zip(met, coefficients, strict=True)
+            if each.device.type == "cpu"
+        }
+        return Integrated(gradients, stats, known)
 
     def _grams(
         self, blocks: int, groups: Sequence[Group], pieces: Sequence[Sequence[Sequence[Tensor]]]
@@ -103,9 +112,7 @@ class Integration:
             here = self._rounding(group.spans[0].forms[0], error)
             roundings[group.block] = Rounding(*map(max, here, roundings[group.block]))
         grams = [sum_on_first_device(grams) for grams in parts]
-        if self._at_features:
-            return self._processes.grams_at_features(grams), roundings
-        return self._processes.grams(grams), roundings
+        return self._processes.grams(grams, self._at_features), roundings
 
     def _rounding(self, form: Form, products: float) -> Rounding:
         # What was rounded before counts as if it were still to be: either way it is noise.
@@ -199,9 +206,7 @@ def _of_losses(group: Group, rows: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _factors(
-    group: Group, numbers: Sequence[Sequence[float | Tensor]]
-) -> Sequence[float | Tensor]:
+def _factors(group: Group, numbers: Sequence[Sequence[float | Tensor]]) -> Sequence[float | Tensor]:
     """For each row of a group its coefficient; 1 for what is added as it is."""
     factors: list[float | Tensor] = [ONE] * len(group.rows)
     if group.block is not None:
@@ -214,7 +219,7 @@ def _factors(
 def _as_numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
     """Numbers, where nothing waits for them; otherwise tensors without dimensions."""
     if coefficients.device.type == "cpu":
-        return coefficients.tolist()  # type: ignore[no-any-return]
+        return coefficients.tolist()
     return coefficients.unbind()
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.accumulation import GradAccumulator
-from mmpareto_optim.autograd import grads_set_aside
-from mmpareto_optim.blocks import Block, Reached, blocks_by_modality, blocks_by_reach
-from mmpareto_optim.differentiation import Backward, Differentiation
-from mmpareto_optim.distributed.processes import Processes
+from mmpareto_optim.autograd import Backward, Differentiation, grads_set_aside
+from mmpareto_optim.blocks import Block, Reach, Reached, blocks_by_modality, blocks_by_reach
 from mmpareto_optim.distributed.select import ProcessSelection
+from mmpareto_optim.distributed.single import Processes
+from mmpareto_optim.features import rows_through
 from mmpareto_optim.integration import Integration
 from mmpareto_optim.messages import (
+    LARGE_COEFFICIENT,
     Blocks,
     Seen,
     block_table,
@@ -30,7 +31,6 @@ from mmpareto_optim.param_groups import (
     describe,
     parameters_by_modality,
 )
-from mmpareto_optim.reach import Reach
 from mmpareto_optim.rows import Row
 from mmpareto_optim.rules import Rule
 from mmpareto_optim.stats import BlockStats
@@ -157,23 +157,21 @@ class GradientIntegrator:
         with processes.failing_together(), grads_set_aside(params) as before:
             modalities = self._checked(losses, features, by_hand, processes)
             constants = self._constants(params, modalities, features)
-            backward = Backward(
-                losses, params, processes, constants, retain_graph, self._describe
-            )
+            backward = Backward(losses, params, processes, constants, retain_graph, self._describe)
             seen, stats, plain = Seen(params), dict[str, BlockStats](), None
             if features is None:
                 rows = self._differentiation.rows(backward)
             else:
                 integrate_at = partial(self._integrated_at, features, processes, seen, stats)
-                rows, plain, seen.behind = self._differentiation.rows_through(
-                    backward, features, integrate_at
+                rows, plain, seen.behind = rows_through(
+                    self._differentiation, backward, features, integrate_at
                 )
         with torch.no_grad():
             accumulated = GradAccumulator(params, rows, plain, before)
             if self._accumulated is not None:
                 accumulated.extend(self._accumulated, processes)
             rows, plain = accumulated.rows, accumulated.plain
-            reached = self._reach.of(rows, params, processes.largest)
+            reached = self._reach.of(rows, params, partial(processes.largest, at_features=False))
             seen.blocks = self._blocks(reached, params, modalities, rows)
             integration = Integration(self._options, processes, self._copies)
             everything = [*rows.values()] if plain is None else [*rows.values(), plain]
@@ -181,7 +179,11 @@ class GradientIntegrator:
             gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
             accumulated.write(gradients, processes, keep=keep)
         self._accumulated = accumulated if keep else None
-        self._done(losses, seen, stats | found.stats)
+        self.stats, self._seen = stats | found.stats, seen
+        self.has_integrated = True
+        self.most_losses = max(self.most_losses, len(losses))
+        if not callable(self._options.integration):
+            self._watch(found.coefficients)
 
     @torch.no_grad()
     def _integrated_at(
@@ -203,7 +205,7 @@ class GradientIntegrator:
                     f"no loss reaches feature {name!r}: give the very tensor that the heads are "
                     "called with, or leave it out"
                 )
-        reached = self._reach.of(rows, list(features), processes.largest_at_features)
+        reached = self._reach.of(rows, list(features), partial(processes.largest, at_features=True))
         seen.feature_blocks = tuple(
             Block(name, reached[position], (position,)) for position, name in enumerate(features)
         )
@@ -266,25 +268,16 @@ class GradientIntegrator:
             return blocks_by_reach(reached, tuple(param.numel() for param in params))
         return blocks_by_modality(reached, params, modalities, losses)
 
-    def _done(self, losses: Losses, seen: Seen, stats: dict[str, BlockStats]) -> None:
-        self.stats, self._seen = stats, seen
-        self.has_integrated = True
-        self.most_losses = max(self.most_losses, len(losses))
-        if callable(self._options.integration):
-            return
-        if not self._warned:
-            self._warned = warn_of_small_gradient(stats)
-        self._watch_for_standing_blocks()
-
-    def _watch_for_standing_blocks(self) -> None:
-        """Warn once of a block whose result is zero in most of its steps; on the CPU alone."""
-        for name, stats in self.stats.items():
+    def _watch(self, coefficients: Mapping[str, Sequence[float]]) -> None:
+        """Warn once of a very small gradient, and of each block that mostly stands still."""
+        for name, numbers in coefficients.items():
+            if max(numbers) > LARGE_COEFFICIENT and not self._warned:
+                self._warned = warn_of_small_gradient(name, self.stats[name])
             known = self._stood_still.setdefault(name, [])
-            if len(known) == STEPS_WATCHED or stats.coefficients.device.type != "cpu":
-                continue
-            known.append(not any(stats.coefficients.tolist()))
-            if len(known) == STEPS_WATCHED and 2 * sum(known) > STEPS_WATCHED:
-                warn_of_standing_block(name, sum(known), STEPS_WATCHED)
+            if len(known) < STEPS_WATCHED:
+                known.append(not any(numbers))
+                if len(known) == STEPS_WATCHED and 2 * sum(known) > STEPS_WATCHED:
+                    warn_of_standing_block(name, sum(known), STEPS_WATCHED)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("param_groups", "_options", "_selection", "_copies", "_modalities")

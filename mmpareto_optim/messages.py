@@ -20,7 +20,7 @@ NAMES_SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
 
 LARGE_COEFFICIENT = 1e4
-"""What a loss is warned of for, if its gradient is less than ``SMALL_NORM`` of the longest."""
+"""A coefficient that is warned of, if the gradient is less than ``SMALL_NORM`` of the longest."""
 
 SMALL_NORM = 1e-3
 
@@ -201,32 +201,22 @@ def warn_of_standing_block(name: str, zeros: int, steps: int) -> None:
     )
 
 
-def warn_of_small_gradient(stats: Mapping[str, BlockStats]) -> bool:
-    """A warning of a loss that a rule multiplies by more than ``LARGE_COEFFICIENT``, if there is one.
+def warn_of_small_gradient(block: str, stats: BlockStats) -> bool:
+    """A warning of a loss that a rule multiplies by a large number; whether there is one.
 
-    Nearly opposite gradients of like lengths are multiplied as much, and not meant. Only on the
-    CPU: elsewhere a look at the coefficients would wait for the device.
+    Nearly opposite gradients of like lengths are multiplied as much, and not meant.
     """
-    for block, of_block in stats.items():
-        factors = of_block.coefficients
-        if factors.device.type != "cpu":
-            continue
-        if of_block.stretch is not None:
-            factors = factors * of_block.stretch.max()
-        numbers = factors.tolist()
-        largest = max(numbers)
-        if largest > LARGE_COEFFICIENT:
-            place = numbers.index(largest)
-            norms = of_block.norms.tolist()
-            if norms[place] > SMALL_NORM * max(norms):
-                continue
-            loss = of_block.objectives[place]
-            warn(
-                f"block {block!r}: the gradient of loss {loss!r} is so small that it is "
-                f"multiplied by {largest:.1e}, as a common direction has to lower that loss too. "
-                "A term that is no task (an entropy bonus, a penalty) is better added to another "
-                'loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that is nearly '
-                "solved needs no more say, and a larger weight gives it less"
-            )
-            return True
-    return False
+    factors = (
+        stats.coefficients if stats.stretch is None else stats.coefficients * stats.stretch.max()
+    )
+    norms, place = stats.norms, int(factors.argmax())
+    if norms[place] > SMALL_NORM * norms.max():
+        return False
+    warn(
+        f"block {block!r}: the gradient of loss {stats.objectives[place]!r} is so small that it "
+        f"is multiplied by {float(factors[place]):.1e}, as a common direction has to lower that "
+        "loss too. A term that is no task (an entropy bonus, a penalty) is better added to another "
+        'loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that is nearly '
+        "solved needs no more say, and a larger weight gives it less"
+    )
+    return True

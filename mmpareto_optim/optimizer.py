@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 from mmpareto_optim.base_optimizer import (
     check_differentiated,
     check_step,
-    explaining_second_order,
     forwarded_hook,
     forwarded_property,
     needs_closure,
+    raise_if_second_order,
 )
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.messages import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
@@ -114,7 +114,8 @@ class MMParetoOptimizer(Optimizer):
             reduce_dtype=reduce_dtype,
         )
         plain = integration == "uniform" and gamma in (None, 1)
-        if needs_closure(type(self.optimizer).step) and not plain:
+        self._needs_closure = needs_closure(type(self.optimizer).step)
+        if self._needs_closure and not plain:
             warn_of_line_search(type(self.optimizer).__name__)
 
     def step(
@@ -160,14 +161,19 @@ class MMParetoOptimizer(Optimizer):
         features: Mapping[str, Tensor] | None,
         param_groups_by_modality: Mapping[str, Any] | None,
     ) -> Any:
-        check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
+        if losses is None or closure is not None or self._needs_closure:
+            check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
         if losses is not None:
             self._current().integrate(losses, features, param_groups_by_modality, keep=False)
-        with explaining_second_order(self.optimizer, lambda: self._integrator.has_integrated):
+        try:
             if closure is None:
                 result = self.optimizer.step()
             else:
                 result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
+        except RuntimeError as error:
+            if self._integrator.has_integrated:
+                raise_if_second_order(self.optimizer, error)
+            raise
         self._integrator.end_window()
         self._count_idle_steps()
         return result
@@ -299,7 +305,7 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_integrator", "_idle_steps")
+        names = ("optimizer", "_integrator", "_idle_steps", "_needs_closure")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -184,8 +184,7 @@ def sum_of_rows(new: Row, old: Gradient) -> Row:
     """A row and flat gradients together; the row's own memory, where it has a place for them."""
     if any(piece is not None and i not in new.layout.places for i, piece in enumerate(old)):
         given = tuple(
-            there or piece is not None
-            for there, piece in zip(new.layout.given, old, strict=True)
+            there or piece is not None for there, piece in zip(new.layout.given, old, strict=True)
         )
         layout = layout_of(tuple(new.layout.forms), given)
         new = layout.row_of(new.pieces(len(old)))
@@ -293,9 +292,7 @@ def _form(
 
 
 def _follow(places: Mapping[int, Place], one: int, two: int) -> bool:
-    return (
-        places[one].segment == places[two].segment and places[one].stop == places[two].start
-    )
+    return places[one].segment == places[two].segment and places[one].stop == places[two].start
 
 
 def _from_to(first: Place, last: Place) -> Place:

@@ -1,5 +1,1 @@
-"""Several processes that act as one: data-parallel, sharded; and one process, the plain case.
-
-Each way is an object with the methods of :class:`~mmpareto_optim.distributed.processes.Processes`,
-chosen once a backward.
-"""
+"""Several processes that act as one: data-parallel, sharded; and one process, the plain case."""

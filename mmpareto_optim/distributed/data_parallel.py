@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmpareto_optim.distributed.handshake import DisagreementError, Handshake, Plan
-from mmpareto_optim.distributed.single import SingleProcess
+from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.rows import Given, Row, spans_of
 from mmpareto_optim.types import Constants
 
@@ -31,7 +31,7 @@ class _Average(NamedTuple):
     sent: Tensor
 
 
-class DataParallel(SingleProcess):
+class DataParallel(Processes):
     """The ranks of a process group that train one model together; all methods are collective.
 
     A row is averaged while the next loss is differentiated.
@@ -76,6 +76,7 @@ class DataParallel(SingleProcess):
         return tuple(map(any, zip(*(plan.given for plan in plans), strict=True)))
 
     def average(self, row: Row) -> None:
+        """Begin to average a row in place."""
         for segment, positions in zip(row.segments, row.layout.segments, strict=True):
             self._begin(segment, row.layout.forms[positions[0]].dtype)
 
@@ -98,6 +99,7 @@ class DataParallel(SingleProcess):
             self._underway.append(_Average(work, part, sent))
 
     def wait(self) -> None:
+        """Until all rows are averaged."""
         while self._underway:
             work, part, sent = self._underway.pop(0)
             work.wait()
@@ -111,18 +113,21 @@ class DataParallel(SingleProcess):
             if average.sent.device.type != "cpu":  # there it is the work that holds the memory
                 average.work.wait()
 
-    def largest_at_features(self, sizes: Tensor) -> Tensor:
-        """Over all ranks; infinite for NaN, which a maximum could lose."""
-        sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=self.group)
+    def largest(self, sizes: Tensor, at_features: bool) -> Tensor:
+        """At features over all ranks; infinite for NaN, which a maximum could lose."""
+        if at_features:
+            sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=self.group)
         return sizes
 
-    def grams_at_features(self, grams: Sequence[Tensor]) -> list[Tensor]:
+    def grams(self, grams: Sequence[Tensor], at_features: bool) -> list[Tensor]:
         """Gram matrices for the whole batch.
 
-        The whole batch's loss is the mean over the ranks, so that its gradient at an example
+        Its loss is the mean over the ranks, so that its gradient at an example
         is one over their number times that of the rank which has the example.
         """
+        if not at_features:
+            return list(grams)
         return [gram / self.size**2 for gram in summed(grams, [self.group])]
 
     def same(self, value: Tensor) -> Tensor:
@@ -132,6 +137,7 @@ class DataParallel(SingleProcess):
         return value
 
     def mean(self, value: Tensor) -> Tensor:
+        """The mean over the ranks."""
         value = value / self.size
         dist.all_reduce(value, group=self.group)
         return value

@@ -124,4 +124,4 @@ def _group_on_the_host(group: "ProcessGroup") -> "ProcessGroup":
     if "cpu:" in dist.get_backend_config(group):
         return group
     ranks = dist.get_process_group_ranks(group)
-    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)  # type: ignore[no-any-return]

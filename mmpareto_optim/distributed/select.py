@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmpareto_optim.distributed.processes import Processes
-from mmpareto_optim.distributed.single import SingleProcess
+from mmpareto_optim.distributed.single import Processes, SingleProcess
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup

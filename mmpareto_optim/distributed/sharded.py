@@ -19,12 +19,12 @@ from mmpareto_optim.distributed.dtensors import (
     spread_as,
     whole,
 )
-from mmpareto_optim.distributed.single import SingleProcess
+from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.rows import Given, Row
 from mmpareto_optim.types import Constants, Gradient
 
 
-class Sharded(SingleProcess):
+class Sharded(Processes):
     """Processes that hold parts of a model, and may average over others besides.
 
     Inner products are added up over the largest mesh. There each number is held by as many
@@ -143,14 +143,14 @@ class Sharded(SingleProcess):
     def spread(self, param: Tensor, local: Tensor) -> Tensor:
         return spread_as(param, local)
 
-    def largest(self, sizes: Tensor) -> Tensor:
+    def largest(self, sizes: Tensor, at_features: bool) -> Tensor:
         """Over all parts; infinite for NaN, which a maximum could lose."""
         sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
         for group in self._mesh.get_all_groups():
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
         return sizes
 
-    def grams(self, grams: Sequence[Tensor]) -> list[Tensor]:
+    def grams(self, grams: Sequence[Tensor], at_features: bool) -> list[Tensor]:
         """Gram matrices of whole gradients, from those of their local parts."""
         return summed(grams, self._mesh.get_all_groups())
 

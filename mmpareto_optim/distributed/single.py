@@ -1,7 +1,8 @@
-"""One process: the methods of the other ways, with nothing to agree on."""
+"""What the processes that integrate as one do, whatever their number; and the plain case of one."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 from torch import Tensor
 
@@ -10,16 +11,23 @@ from mmpareto_optim.rows import Given, Row
 from mmpareto_optim.types import Constants, Gradient
 
 
-class SingleProcess:
-    """A process that trains a model of its own; :class:`Processes` says what the methods are."""
+class Processes(Protocol):
+    """One process, several that average, or shards. What is here is right for one process.
 
-    rounding = 0.0
+    Attributes:
+        rounding: unit roundoff of the dtype that averages are made in, 0 if it is the gradients'.
+        shares: for each parameter what part of an inner product counts here; None for all of it.
+    """
+
+    rounding: float = 0.0
     shares: tuple[float, ...] | None = None
 
     def failing_together(self) -> AbstractContextManager[None]:
+        """An error in here becomes one on all processes, and ends the averages underway."""
         return nullcontext()
 
     def check(self, stretches_tensors: bool, at_features: bool) -> None:
+        """Raise ValueError if gradients cannot be integrated so."""
         if stretches_tensors and at_features:
             raise ValueError(
                 'rescale="tensor" stretches the gradients of parameter tensors one by one, '
@@ -27,6 +35,11 @@ class SingleProcess:
             )
 
     def losses_of_all(self, names: Iterable[str], constants: Constants) -> list[str]:
+        """The losses of all processes, in the order in which all differentiate them.
+
+        Raises:
+            DisagreementError: something that must be alike on all of them is not.
+        """
         return list(names)
 
     def differentiate(
@@ -36,40 +49,49 @@ class SingleProcess:
         others: Sequence[Tensor],
         retain_graph: bool,
     ) -> Gradient:
+        """The gradient of some outputs at the parts of the parameters that are held here."""
         return by_autograd(outputs, params, others, retain_graph=retain_graph)
 
     def given_by_all(self, name: str, given: Given) -> Given:
+        """For each parameter whether a loss gives it a gradient on any of the processes."""
         return given
 
     def average(self, row: Row) -> None:
-        pass
+        """Begin to average a row in place."""
+        return
 
     def wait(self) -> None:
-        pass
+        """Until all rows are averaged."""
+        return
 
     def local(self, param: Tensor) -> Tensor:
+        """What this process holds of a parameter."""
         return param
 
     def spread(self, param: Tensor, local: Tensor) -> Tensor:
+        """What ``.grad`` of a parameter is made of the part that this process holds."""
         return local
 
-    def largest(self, sizes: Tensor) -> Tensor:
+    def largest(self, sizes: Tensor, at_features: bool) -> Tensor:
+        """The largest of some sizes over the processes that have a part of a gradient."""
         return sizes
 
-    def grams(self, grams: Sequence[Tensor]) -> list[Tensor]:
-        return list(grams)
-
-    def largest_at_features(self, sizes: Tensor) -> Tensor:
-        return sizes
-
-    def grams_at_features(self, grams: Sequence[Tensor]) -> list[Tensor]:
+    def grams(self, grams: Sequence[Tensor], at_features: bool) -> list[Tensor]:
+        """Gram matrices of whole gradients, from those of the parts that are held here."""
         return list(grams)
 
     def all_of(self, flags: Sequence[bool]) -> list[bool]:
+        """Whether something holds on all processes that share a parameter."""
         return list(flags)
 
     def same(self, value: Tensor) -> Tensor:
+        """What one process found, for all: a function of the user's may be random."""
         return value
 
     def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes that average."""
         return value
+
+
+class SingleProcess(Processes):
+    """A process that trains a model of its own."""

@@ -37,6 +37,7 @@ __all__ = [
 
 
 from typing import NamedTuple as _NT  # noqa: E402
+
 from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host  # noqa: E402
 
 
@@ -55,5 +56,14 @@ def coefficients_of_blocks(name, grams, gamma, roundings, *, stretched=True):
         elif host:
             found.append(mmpareto_on_the_host(gram, gamma, r.combined, r.written + r.products))
         else:
-            found.append(named_coefficients(name, gram[None], gamma, eps=r.combined, written=r.written + r.products, stretched=stretched)[0])
+            found.append(
+                named_coefficients(
+                    name,
+                    gram[None],
+                    gamma,
+                    eps=r.combined,
+                    written=r.written + r.products,
+                    stretched=stretched,
+                )[0]
+            )
     return found

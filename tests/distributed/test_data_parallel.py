@@ -449,7 +449,6 @@ def check_order() -> None:
     assert events == ["differentiate", "average"] * 3
 
 
-@pytest.mark.skip("new core")
 def test_gradients_are_averaged_while_the_next_are_found(two: Processes) -> None:
     two(check_order)
 

@@ -41,7 +41,6 @@ def warmed_up(device: str) -> tuple[LateFusion, MMParetoOptimizer, Batch]:
     return model, opt, (spec, image, label)
 
 
-@pytest.mark.skip("new core")
 def test_files_that_a_plain_step_enters() -> None:
     """Who wants to understand a step reads no more than these."""
     step = plain_step(*warmed_up("cpu"))

@@ -186,7 +186,6 @@ class Static(torch.autograd.Function):
         return ctx.buffer, None, None
 
 
-@pytest.mark.skip("new core")
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_backward_that_returns_the_same_memory_each_time(
