@@ -8,6 +8,10 @@ from torch import Tensor, nn
 
 from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 
+LossFn = Callable[[], Tensor | float]
+Line = list[tuple[Tensor, Tensor]]
+"""Weights, and the direction in which each of them moves."""
+
 
 @dataclass(frozen=True, eq=False)
 class LossSlices:
@@ -40,7 +44,7 @@ class LossSlices:
 
 def loss_slices(
     model: nn.Module,
-    loss_fn: Callable[[], Tensor | float],
+    loss_fn: LossFn,
     params: nn.Module | Iterable[Tensor] | None = None,
     *,
     radius: float = 0.5,
@@ -85,14 +89,13 @@ def loss_slices(
         raise ValueError("params holds no weight of two or more dimensions, so there is no filter")
     generator = torch.Generator("cpu").manual_seed(seed)
     half = points // 2
-    steps = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu")
-    distances = radius * steps / half
-    middle = _loss_at(model, loss_fn, [], [], 0.0)
+    distances = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu") * radius / half
+    middle = _loss_at(model, loss_fn, [], 0.0)
     losses = []
     for _ in range(directions):
-        direction = [_filter_normalised(weight, generator) for weight in weights]
+        line = [(weight, _filter_normalised(weight, generator)) for weight in weights]
         losses += [
-            _loss_at(model, loss_fn, weights, direction, distance) if distance else middle
+            _loss_at(model, loss_fn, line, distance) if distance else middle
             for distance in distances.tolist()
         ]
     table = torch.tensor(losses, dtype=torch.float64, device="cpu")
@@ -108,22 +111,16 @@ def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
     return random.view(weight.shape)
 
 
-def _loss_at(
-    model: nn.Module,
-    loss_fn: Callable[[], Tensor | float],
-    weights: list[Tensor],
-    direction: list[Tensor],
-    distance: float,
-) -> float:
+def _loss_at(model: nn.Module, loss_fn: LossFn, line: Line, distance: float) -> float:
     # By .data and not in place, for the reasons given in preserved_state().
-    originals = [weight.data for weight in weights]
+    originals = [(weight, weight.data) for weight, _ in line]
     try:
-        for weight, original, random in zip(weights, originals, direction, strict=True):
-            weight.data = (original + distance * random).to(original)
+        for weight, direction in line:
+            weight.data = (weight.data + distance * direction).to(weight.dtype)
         with preserved_state(model), torch.no_grad():
             loss = loss_fn()
     finally:
-        for weight, original in zip(weights, originals, strict=True):
+        for weight, original in originals:
             weight.data = original
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(

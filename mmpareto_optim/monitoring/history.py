@@ -12,13 +12,6 @@ from mmpareto_optim.stats import BlockStats
 # Small tensors take up to 512 bytes each on a GPU; this many at a time become one.
 PACK_SIZE = 512
 
-ALL_COLUMNS = (
-    *("conflict", "harmful", "cosine", "min_norm", "scale"),
-    *("alpha", "coefficients", "norms", "cosines"),
-)
-SCALAR_COLUMNS = ("conflict", "harmful", "cosine", "scale", "coefficients", "norms")
-PLOT_COLUMNS = ("conflict", "harmful", "norms", "cosines")
-
 
 class RecordedStep(NamedTuple):
     """Which step a record is of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = NDArray[np.float64]
-Style = tuple[str, str]
-"""Color and line style."""
+Style = tuple[str, str]  # color and line style
 
 LINE_STYLES = ("-", "--", ":", "-.")
 RATE_POINTS = 20
@@ -62,10 +61,10 @@ def plot_conflict(recorded: ConflictRecorder | Iterable[Row]) -> Figure:
     if len(shown) < len(blocks):
         figure.suptitle(f"The {len(shown)} of {len(blocks)} blocks most often in conflict")
     for number, key in enumerate(shown):
-        styles = _styles(number, len(blocks))
-        _plot_cosines(cosine, key[0], blocks[key], styles)
-        _plot_rates(rate, key[0], blocks[key], styles[0][0], by_epoch=by_epoch)
-        _plot_ratios(ratio, key[0], blocks[key], styles)
+        block, rows, styles = key[0], blocks[key], _styles(number, len(blocks))
+        _plot_cosines(cosine, block, rows, styles)
+        _plot_rates(rate, block, rows, styles[0][0], by_epoch=by_epoch)
+        _plot_ratios(ratio, block, rows, styles)
     cosine.axhline(0, color="black", linewidth=0.8)
     cosine.set(title="Cosine between gradients", xlabel="step")
     rate.set(title="Steps in conflict, and harmful", ylabel="%", ylim=(-3, 103))
@@ -174,8 +173,8 @@ def _plot_curves(
     if len(curves) > MAX_CURVES:
         shown, rest = np.split(np.argsort(means, kind="stable"), [WORST_CURVES])
         low, high = np.fmin.reduce(heights[rest]), np.fmax.reduce(heights[rest])
-        pale: dict[str, Any] = {"color": styles[0][0], "alpha": 0.2, "linewidth": 0}
-        axes.fill_between(steps, low, high, label=rest_label, **pale)
+        color = styles[0][0]
+        axes.fill_between(steps, low, high, label=rest_label, color=color, alpha=0.2, linewidth=0)
     for index, (color, style) in zip(shown, styles, strict=False):
         axes.plot(steps, heights[index], color, linestyle=style, label=curves[index][0])
 

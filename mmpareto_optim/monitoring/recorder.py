@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-from mmpareto_optim.monitoring.history import (
-    ALL_COLUMNS,
-    PLOT_COLUMNS,
-    SCALAR_COLUMNS,
-    BlockHistory,
-    HistoryKey,
-    RecordedStep,
-    columns_of,
-)
+from mmpareto_optim.monitoring.history import BlockHistory, HistoryKey, RecordedStep, columns_of
 from mmpareto_optim.monitoring.scalar_tags import scalar_tags
 from mmpareto_optim.monitoring.summarize import summarize
 from mmpareto_optim.monitoring.summary import Summary
@@ -26,6 +18,14 @@ from mmpareto_optim.stats import BlockStats
 
 Row = dict[str, Any]
 """One block at one step."""
+
+# Attributes of the stats that become columns.
+ALL_COLUMNS = (
+    *("conflict", "harmful", "cosine", "min_norm", "scale"),
+    *("alpha", "coefficients", "norms", "cosines"),
+)
+SCALAR_COLUMNS = ("conflict", "harmful", "cosine", "scale", "coefficients", "norms")
+PLOT_COLUMNS = ("conflict", "harmful", "norms", "cosines")
 
 
 class HasStats(Protocol):

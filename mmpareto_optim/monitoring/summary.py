@@ -176,14 +176,14 @@ def _lines(block: BlockSummary) -> Iterator[list[str]]:
             f"{phase.cosine:.2f}",
             str(phase.zero),
             f"{phase.largest_coefficient:.3g}",
-            str(phase.not_finite or ""),
+            str(phase.not_finite),
         ]
 
 
 def _aligned(lines: list[list[str]]) -> list[str]:
     """Words to the left, numbers to the right; no last column where all of it is finite."""
     columns = list(zip(*lines, strict=True))
-    if not any(columns[-1][1:]):
+    if set(columns[-1][1:]) == {"0"}:
         columns.pop()
     widths = [max(map(len, column)) for column in columns]
     return [
