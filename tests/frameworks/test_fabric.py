@@ -205,6 +205,7 @@ class Module(LightningModule):  # type: ignore[misc]
         return momentum(self.model)
 
     def training_step(self, *batch: Any) -> None:
+        self.noting.seen.clear()  # the first step may look at more
         opt: Any = self.optimizers()
         losses = self.model.losses(batches(1)[0])
         if self.how == "manual_backward":
@@ -240,11 +241,11 @@ def test_hooks_of_lightning(tmp_path: Path, how: str, expected: list[str]) -> No
     module = Module(how)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
-        max_steps=1,
+        max_steps=2,
         accelerator="cpu",
         enable_checkpointing=False,
         default_root_dir=tmp_path,
         **quiet,
     )
-    trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(1)]))  # type: ignore[arg-type]
+    trainer.fit(module, torch.utils.data.DataLoader([torch.zeros(1)] * 2))  # type: ignore[arg-type]
     assert module.noting.seen == expected
