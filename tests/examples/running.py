@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 METHODS = {"one joint loss", "uniform", "uniform x 1.5", "conventional Pareto", "MMPareto"}
@@ -20,3 +23,12 @@ def run(name: str, output: Path, *options: str) -> dict[str, object]:
     (runs,) = output.glob("*.json")
     document: dict[str, object] = json.loads(runs.read_text())
     return document
+
+
+def refused(main: Callable[[], object], *options: str) -> None:
+    """That an example ends with the error of its parser, without another interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["example", *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 2

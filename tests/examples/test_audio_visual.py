@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.examples.running import EXAMPLES, METHODS, run
+from tests.examples.running import EXAMPLES, METHODS, refused, run
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
 
+import audio_visual_digits
 from audio_visual_digits import (
     RATE,
     make_data,
@@ -83,6 +84,7 @@ def test_all_methods_run_on_the_data_sets_own_files(name: str, tiny: Path, tmp_p
         assert set(seed["cosines"]) == (set() if method == "one joint loss" else BLOCKS[name])
 
 
+@pytest.mark.slow
 def test_both_modalities_are_learned_from(tiny: Path, tmp_path: Path) -> None:
     """Tones and bright rows are easy: far above the tenth that guessing gives."""
     command = [sys.executable, str(EXAMPLES / "audio_visual_digits.py"), "--output", str(tmp_path)]
@@ -178,12 +180,13 @@ def test_the_unimodal_losses_reach_both_encoders_of_the_transformer() -> None:
             assert all(bool(grad.abs().sum() > 0) for grad in grads), (modality, head)
 
 
-def test_without_data_it_says_how_to_get_it(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "audio_visual_digits.py"), "--data", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert str(tmp_path) in done.stderr
-    assert "free-spoken-digit-dataset" in done.stderr
+def test_without_data_it_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(audio_visual_digits.main, "--data", str(tmp_path))
+    told = capsys.readouterr().err
+    assert str(tmp_path) in told
+    assert "free-spoken-digit-dataset" in told
 
 
 def test_real_speech_is_read(data_dir: Path) -> None:

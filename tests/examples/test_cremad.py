@@ -78,6 +78,7 @@ def all_clips(folder: Path) -> list[Clip]:
     return found.train + found.test
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fewer_spectra")
 def test_a_resumed_training_is_the_uninterrupted_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

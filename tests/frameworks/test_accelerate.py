@@ -1,6 +1,6 @@
-"""Accelerate with several base optimizers; with one it is in test_integrations.py."""
+"""Accelerate, around one base optimizer or several, against a loop by hand."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,20 @@ def accelerator() -> Iterator[Any]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def momentum(model: nn.Module) -> list[Optimizer]:
+    return [SGD(model.parameters(), lr=0.02, momentum=0.9)]
+
+
 def bases(model: nn.Module) -> list[Optimizer]:
     """Muon for the matrices, where this PyTorch has it, and AdamW for the rest."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim < 2]
     muon = getattr(torch.optim, "Muon", SGD)
     return [muon(matrices, lr=0.02), AdamW(rest, lr=0.01)]
+
+
+Bases = Callable[[nn.Module], list[Optimizer]]
+either = pytest.mark.parametrize("bases_of", [momentum, bases])
 
 
 def loader() -> DataLoader[tuple[Tensor, ...]]:
@@ -48,15 +56,15 @@ def parameters(model: nn.Module) -> list[Tensor]:
     return [param.detach().clone() for param in model.parameters()]
 
 
-def prepared(accelerator: Any, model: LateFusion) -> tuple[Any, ...]:
-    opt = MMParetoOptimizer(bases(model))
+def prepared(accelerator: Any, model: LateFusion, bases_of: Bases) -> tuple[Any, ...]:
+    opt = MMParetoOptimizer(bases_of(model))
     schedule = lr_scheduler.ExponentialLR(opt, 0.9)
     found: tuple[Any, ...] = accelerator.prepare(model, opt, loader(), schedule)
     return found
 
 
-def by_hand(model: LateFusion) -> MMParetoOptimizer:
-    opt = MMParetoOptimizer(bases(model))
+def by_hand(model: LateFusion, bases_of: Bases) -> MMParetoOptimizer:
+    opt = MMParetoOptimizer(bases_of(model))
     schedule = lr_scheduler.ExponentialLR(opt, 0.9)
     for number, batch in enumerate(loader(), start=1):
         losses = model.losses(batch)
@@ -69,21 +77,24 @@ def by_hand(model: LateFusion) -> MMParetoOptimizer:
     return opt
 
 
-def test_prepare_accumulate_clip_and_schedule(accelerator: Any) -> None:
+@either
+def test_prepare_accumulate_clip_and_schedule(accelerator: Any, bases_of: Bases) -> None:
     model = LateFusion()
     plain = deepcopy(model)
-    model, opt, batches, schedule = prepared(accelerator, model)
+    model, opt, batches, schedule = prepared(accelerator, model, bases_of)
     accelerated(accelerator, model, opt, batches, schedule)
-    expected = by_hand(plain)
+    expected = by_hand(plain, bases_of)
     torch.testing.assert_close(parameters(model), parameters(plain), rtol=0, atol=0)
     rates = [group["lr"] for group in opt.param_groups]
     assert rates == [group["lr"] for group in expected.param_groups]
-    assert rates == pytest.approx([0.02 * 0.81, 0.01 * 0.81])
+    assert rates == pytest.approx([0.02 * 0.81, 0.01 * 0.81][: len(rates)])
+    assert list(opt.optimizer.stats) == ["mm+audio", "mm+visual"]
 
 
-def test_save_and_load_state(accelerator: Any, tmp_path: Path) -> None:
+@either
+def test_save_and_load_state(accelerator: Any, tmp_path: Path, bases_of: Bases) -> None:
     model = LateFusion()
-    everything = prepared(accelerator, model)
+    everything = prepared(accelerator, model, bases_of)
     accelerated(accelerator, *everything)
     accelerator.save_state(tmp_path)
     accelerated(accelerator, *everything)
@@ -99,7 +110,7 @@ def test_a_scaler_skips_all_bases_or_none(accelerator: Any) -> None:
     accelerator.gradient_accumulation_steps = 1
     model = LateFusion()
     plain = deepcopy(model)
-    model, opt, batches, _ = prepared(accelerator, model)
+    model, opt, batches, _ = prepared(accelerator, model, bases)
     ours = MMParetoOptimizer(bases(plain))
     for number, batch in enumerate(batches):
         losses = dict(model.losses(batch))
@@ -125,3 +136,10 @@ def test_modes_pass_through(accelerator: Any) -> None:
     assert averaging.param_groups[0]["train_mode"]
     opt.eval()
     assert not averaging.param_groups[0]["train_mode"]
+
+
+def test_losses_to_the_accelerated_optimizer_are_refused(accelerator: Any) -> None:
+    model = LateFusion()
+    opt = accelerator.prepare(MMParetoOptimizer(momentum(model)))
+    with pytest.raises(TypeError, match="losses"):
+        opt.step(losses=model.losses(audio_visual_batch()))

@@ -1,7 +1,4 @@
-"""The Hugging Face Trainer on models of transformers itself, against loops by hand.
-
-What it has in common with other frameworks is in test_integrations.py.
-"""
+"""The Hugging Face Trainer on models of transformers itself, against loops by hand."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -16,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import MMParetoOptimizer
 from tests.frameworks.loops import hf_trainer
+from tests.models import LateFusion, audio_visual_batch
 
 transformers = pytest.importorskip("transformers", reason="the integrations extra is missing")
 pytest.importorskip("accelerate", reason="the integrations extra is missing")
@@ -325,3 +323,64 @@ def test_keys_that_are_ignored_stay_so(tmp_path: Path) -> None:
     assert (only == both[0]).all()
     trainer.model.config.keys_to_ignore_at_inference = ["logits"]
     assert (trainer.predict(trainer.eval_dataset).predictions == both[1]).all()
+
+
+class Pairs(LateFusion):
+    """What the Trainer wants of a model: a forward that takes a batch by keywords."""
+
+    def forward(self, spec: Tensor, image: Tensor, labels: Tensor) -> dict[str, Any]:
+        losses = self.losses((spec, image, labels))
+        return {"loss": losses["mm"], "losses": losses}
+
+
+def paired(count: int = 32) -> list[Row]:
+    spec, image, labels = audio_visual_batch(count)
+    return [{"spec": spec[i], "image": image[i], "labels": labels[i]} for i in range(count)]
+
+
+ACCUMULATING = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
+def test_what_is_logged_is_the_sum(tmp_path: Path) -> None:
+    """Averaged over a step's micro-batches."""
+    model, rows = Pairs(), paired()
+    start = deepcopy(model)
+    trainer = trainer_of(model, tmp_path, rows, logging_steps=1, **ACCUMULATING)
+    trainer.train()
+    with torch.no_grad():
+        sums = [float(sum(start(**batch)["losses"].values())) for batch in batches_of(rows, 8)[:2]]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(sums) / 2, rel=1e-4)
+
+
+def test_a_checkpoint_resumes(tmp_path: Path) -> None:
+    start, rows = Pairs(), paired()
+    whole, first, second = (deepcopy(start) for _ in range(3))
+    steps = {"max_steps": 4, **ACCUMULATING}
+    trainer_of(whole, tmp_path / "whole", rows, **steps).train()
+    folder = tmp_path / "parts"
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(first, folder, rows, **{**steps, "max_steps": 2}, **saving).train()
+    resumed = trainer_of(second, folder, rows, **steps)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert_same(second, whole)
+
+
+def test_bfloat16(tmp_path: Path) -> None:
+    model, rows = Pairs(), paired()
+    exact = deepcopy(model)
+    steps = {"max_steps": 2, **ACCUMULATING}
+    trainer_of(model, tmp_path, rows, bf16=True, **steps).train()
+    trainer_of(exact, tmp_path, rows, **steps).train()
+    pairs = list(zip(model.parameters(), exact.parameters(), strict=True))
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.05)
+    assert any(not found.equal(expected) for found, expected in pairs)
+
+
+def test_a_model_without_losses_is_told_what_is_missing(tmp_path: Path) -> None:
+    class Summed(Pairs):
+        def forward(self, spec: Tensor, image: Tensor, labels: Tensor) -> dict[str, Any]:
+            return {"loss": self.losses((spec, image, labels))["mm"]}
+
+    with pytest.raises(TypeError, match="output must hold 'losses'"):
+        trainer_of(Summed(), tmp_path, paired(8), max_steps=1).train()

@@ -1,7 +1,4 @@
-"""Lightning's own machinery around manual optimization: the rate finder, steps, callbacks.
-
-Plain runs, mixed precision and checkpoints are in test_integrations.py.
-"""
+"""Lightning's manual optimization, and its own machinery around it, against a loop by hand."""
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -240,3 +238,89 @@ def test_early_stopping(tmp_path: Path) -> None:
     )
     assert trainer.current_epoch < 8
     assert trainer.global_step == 8 * trainer.current_epoch
+
+
+class Clipped(Module):
+    """Clips, hands its losses through the precision plugin, and steps as ``how`` says."""
+
+    def __init__(self, model: LateFusion, how: str = "the optimizer inside") -> None:
+        super().__init__(model, scheduled)
+        self.how = how
+
+    def training_step(self, batch: Any, index: int) -> None:
+        opt = self.optimizers()
+        precision = self.trainer.precision_plugin
+        losses = {
+            name: precision.pre_backward(loss, self)
+            for name, loss in self.model.losses(batch).items()
+        }
+        if self.how == "step with losses":
+            opt.step(losses=losses)
+        (opt if self.how == "directly" else opt.optimizer).backward(losses)
+        opt.step()
+        opt.zero_grad()
+        self.lr_schedulers().step()
+
+    def on_before_optimizer_step(self, opt: Any) -> None:
+        self.clip_gradients(opt, 0.1, "norm")
+
+
+@pytest.mark.parametrize("how", ["the optimizer inside", "directly"])
+def test_manual_optimization(tmp_path: Path, how: str) -> None:
+    model = LateFusion()
+    plain = deepcopy(model)
+    trainer = trainer_of(tmp_path, max_epochs=2)
+    trainer.fit(Clipped(model, how), loader(4))
+    (opt,), (schedule,) = scheduled(plain)
+    for batch in [*loader(4), *loader(4)]:
+        opt.backward(plain.losses(batch))
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        opt.step()
+        opt.zero_grad()
+        schedule.step()
+    assert_same(model, plain)
+    assert trainer.global_step == 8
+    (ours,) = trainer.optimizers  # what callbacks read
+    assert list(ours.stats) == ["mm+audio", "mm+visual"]
+
+
+def test_float16_with_a_scaler(tmp_path: Path) -> None:
+    """The losses must pass through pre_backward, as manual_backward's does."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    model = LateFusion()
+    plain = deepcopy(model)
+    plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**8))
+    trainer_of(tmp_path, plugins=plugin).fit(Clipped(model), loader(4))
+
+    (opt,), (schedule,) = scheduled(plain)
+    scaler = GradScaler("cpu", init_scale=2.0**8)
+    for batch in loader(4):
+        with torch.autocast("cpu", torch.float16):
+            losses = plain.losses((batch[0], batch[1], batch[2]))
+        opt.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        schedule.step()
+    assert_same(model, plain)
+
+
+def test_a_checkpoint_resumes(tmp_path: Path) -> None:
+    start = LateFusion()
+    whole, first, second = (Clipped(deepcopy(start)) for _ in range(3))
+    trainer_of(tmp_path, max_epochs=3).fit(whole, loader(4))
+    trainer = trainer_of(tmp_path, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(first, loader(4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = trainer_of(tmp_path, max_epochs=3)
+    resumed.fit(second, loader(4), ckpt_path=tmp_path / "last.ckpt")
+    assert_same(second, whole)
+
+
+def test_step_with_losses_is_refused_with_its_mend(tmp_path: Path) -> None:
+    module = Clipped(LateFusion(), "step with losses")
+    with pytest.raises(TypeError, match=r"call backward\(losses\), then step\(\)"):
+        trainer_of(tmp_path).fit(module, loader())

@@ -32,8 +32,12 @@ def integrated(losses: Losses, params: list[nn.Parameter]) -> list[Tensor]:
 
 
 def assert_grads(params: Iterable[nn.Parameter], expected: Iterable[Tensor | None]) -> None:
+    """Up to what the error of float32 products makes of the coefficients."""
     for param, gradient in zip(params, expected, strict=True):
-        torch.testing.assert_close(param.grad, gradient)
+        if gradient is None or param.grad is None:
+            assert gradient is param.grad
+        else:
+            torch.testing.assert_close(param.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_late_fusion() -> None:

@@ -164,6 +164,7 @@ class Interrupted:
         torch.set_grad_enabled(True)
 
 
+STRIDE = 19  # between the lines that are tried; no divisor of how often something repeats
 LIBRARY = str(Path(mmpareto_optim.__file__).parent)
 
 
@@ -185,7 +186,7 @@ def test_an_interrupt_at_any_line_of_a_step(accumulating: bool) -> None:
     lines = -counter.left
     assert lines > 300
     stepped = 0
-    for at in range(1, lines + 1, 11):
+    for at in range(1, lines + 1, STRIDE):
         training = deepcopy(start)
         losses = begin(training)
         grads = [p.grad for p in training.model.parameters()]
@@ -209,7 +210,7 @@ def test_an_interrupt_at_any_line_of_a_step(accumulating: bool) -> None:
             resumed.opt.zero_grad()
             resumed.opt.step(losses=resumed.features_and_losses(0)[1])
         assert training.equals(expected)
-    assert stepped < lines / 11
+    assert stepped < lines / STRIDE
 
 
 def moments(training: Training) -> list[Tensor]:

@@ -236,7 +236,7 @@ def test_many_objectives_of_low_rank(objectives: int, rank: int, dtype: torch.dt
 @pytest.mark.parametrize("rescale", ["encoder", "tensor"])
 def test_finite_gradients_give_finite_steps(dtype: torch.dtype, third: bool, rescale: str) -> None:
     """Lengths from 1e-30 to 1e30 side by side."""
-    decades = (-30, -15, 0, 15, 30)
+    decades = (-30, 0, 30) if third else (-30, -15, 0, 15, 30)
     for lengths in product(decades, decades, decades if third else (0,)):
         for cosine in (-1, -0.999999, -0.5, -1e-9, 0, 1e-9, 0.5, 1):
             sine = (1 - cosine**2) ** 0.5

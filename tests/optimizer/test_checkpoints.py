@@ -1,6 +1,6 @@
 """Checkpoints as torch.distributed.checkpoint makes them: state by parameter name.
 
-The plain ``state_dict()`` round trips of every optimizer are in test_torch_optim_contract.py.
+The plain ``state_dict()`` round trips of every optimizer are in test_contract.py.
 """
 
 from copy import deepcopy
