@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -72,48 +72,55 @@ def blocks_by_reach(reached: Reached, sizes: tuple[int, ...]) -> tuple[Block, ..
     return tuple(_with_small_ones_joined(blocks, sizes))
 
 
-def _with_small_ones_joined(blocks: list[Block], sizes: Sequence[int]) -> list[Block]:
+def _with_small_ones_joined(blocks: Sequence[Block], sizes: Sequence[int]) -> list[Block]:
     """Small blocks as a part of larger ones whose losses include theirs.
 
     A block of one number has no direction common to two losses in half of the steps, and would
     stand still. The losses that do not reach a small block count as zero there.
     """
     numbers = {block: sum(sizes[i] for i in block.positions) for block in blocks}
-    for small in sorted((b for b in blocks if b.integrated), key=lambda b: numbers[b]):
+
+    def host(small: Block) -> Block:
         large = [b for b in blocks if _takes_in(b, small, numbers[b], numbers[small])]
-        if not large:
-            continue
-        old = min(large, key=lambda b: numbers[b])
-        new = Block(
-            old.name,
-            old.objectives,
-            tuple(sorted((*old.positions, *small.positions))),
-            joined=(*old.joined, small.name, *small.joined),
+        return host(min(large, key=lambda b: numbers[b])) if large else small
+
+    members: dict[Block, list[Block]] = {block: [] for block in blocks}
+    for block in blocks:
+        members[host(block)].append(block)
+    return [
+        replace(
+            block,
+            positions=tuple(sorted(i for part in parts for i in part.positions)),
+            joined=tuple(part.name for part in parts if part is not block),
         )
-        numbers[new] = numbers[old] + numbers[small]
-        blocks = [new if b is old else b for b in blocks if b is not small]
-    return blocks
+        for block, parts in members.items()
+        if parts
+    ]
 
 
 def _takes_in(large: Block, small: Block, numbers: int, fewer: int) -> bool:
-    if large is small or not set(small.objectives) < set(large.objectives):
+    if not small.integrated or not set(small.objectives) < set(large.objectives):
         return False
     too_few = fewer < len(small.objectives) and numbers >= len(large.objectives)
     return too_few or numbers >= OUTNUMBERED * fewer
 
 
 def blocks_by_modality(
-    reached: Reached, params: Sequence[Tensor], modalities: Modalities, losses: Iterable[str]
+    reached: Reached,
+    params: Sequence[Tensor],
+    modalities: Modalities,
+    rows: Mapping[str, Row],
 ) -> tuple[Block, ...]:
     """One block for each modality, over the losses that reach any part of it.
 
     What the modalities leave out is not integrated: its gradients are added.
     """
+    given = [any(there) for there in zip(*(row.layout.given for row in rows.values()), strict=True)]
     blocks = []
     for modality, members in modalities.items():
-        positions = tuple(i for i, param in enumerate(params) if param in members and reached[i])
+        positions = tuple(i for i, param in enumerate(params) if param in members and given[i])
         reaching = {name for position in positions for name in reached[position]}
-        objectives = tuple(name for name in losses if name in reaching)
+        objectives = tuple(name for name in rows if name in reaching)
         if objectives:
             blocks.append(Block(modality, objectives, positions))
     chosen = {position for block in blocks for position in block.positions}

@@ -262,11 +262,11 @@ class GradientIntegrator:
         reached: Reached,
         params: Sequence[Tensor],
         modalities: Modalities | None,
-        losses: Iterable[str],
+        rows: Mapping[str, Row],
     ) -> tuple[Block, ...]:
         if modalities is None:
             return blocks_by_reach(reached, tuple(param.numel() for param in params))
-        return blocks_by_modality(reached, params, modalities, losses)
+        return blocks_by_modality(reached, params, modalities, rows)
 
     def _watch(self, coefficients: Mapping[str, Sequence[float]]) -> None:
         """Warn once of a very small gradient, and of each block that mostly stands still."""

@@ -140,12 +140,12 @@ def nccl(tmp_path: Path) -> Iterator[None]:
 def as_several(nccl: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """One process goes through the collectives of several: that is all one device can show."""
     # internal: how processes that average are made, and where they are chosen.
-    from mmpareto_optim.parallel.averaged import Averaged
-    from mmpareto_optim.parallel.choice import Choice
+    from mmpareto_optim.distributed.data_parallel import DataParallel
+    from mmpareto_optim.distributed.select import ProcessSelection
 
     def choose(reduce_dtype: torch.dtype | None = None) -> None:
-        processes = Averaged(torch.distributed.group.WORLD, reduce_dtype)
-        monkeypatch.setattr(Choice, "of", lambda *_: processes)
+        processes = DataParallel(torch.distributed.group.WORLD, reduce_dtype)
+        monkeypatch.setattr(ProcessSelection, "of", lambda *_: processes)
 
     return choose
 

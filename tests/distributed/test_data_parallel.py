@@ -396,25 +396,30 @@ def test_an_error_between_averages(two: Processes, accumulated: bool) -> None:
 def check_out_of_memory() -> None:
     """No rank's gradients meet another step's of the others."""
     # internal: of one process a group of several, so that nobody waits for what never comes.
-    from mmpareto_optim.parallel import averaged
-    from mmpareto_optim.parallel.choice import Choice
+    from mmpareto_optim.distributed.data_parallel import DataParallel
+    from mmpareto_optim.distributed.select import ProcessSelection
 
     group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     param = nn.Parameter(torch.zeros(4))
     opt = MMParetoOptimizer(torch.optim.SGD([param], lr=1.0), process_group=group)
-    ranks = averaged.Averaged(group, None)
+    ranks = DataParallel(group, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Choice, "of", lambda *_: ranks)
+        patch.setattr(ProcessSelection, "of", lambda *_: ranks)
 
-        def failing(*_: Any, **__: Any) -> Any:
-            raise torch.OutOfMemoryError("no memory left")
+        def failing_on_gradients(plain: Any) -> Any:
+            def all_reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+                if tensor.is_floating_point():
+                    raise torch.OutOfMemoryError("no memory left")
+                return plain(tensor, *args, **options)
 
-        patch.setattr(torch, "cat", failing)
+            return all_reduce
+
+        patch.setattr(dist, "all_reduce", failing_on_gradients(dist.all_reduce))
         with pytest.raises(RuntimeError, match=r"out of step.*end all processes.*no memory left"):
             opt.step(losses={"one": param.sum()})
         assert param.grad is None
         patch.undo()
-        patch.setattr(Choice, "of", lambda *_: ranks)
+        patch.setattr(ProcessSelection, "of", lambda *_: ranks)
         with pytest.raises(RuntimeError, match=r"out of step.*end all processes.*no memory left"):
             opt.step(losses={"one": param.sum()})
     assert param.grad is None

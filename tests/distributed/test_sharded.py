@@ -352,9 +352,9 @@ def check_loss_that_is_a_dtensor() -> None:
 
     def closure() -> Losses:
         opt.zero_grad()
-        return {"one": param.square().sum(), "other": (param - 1).square().sum()}
+        return {"one": param.square().sum(), "other": (param - 2).square().sum()}
 
-    assert float(opt.step(closure)) == 5.0
+    assert float(opt.step(closure)) == 10.0
     (stats,) = opt.stats.values()
     torch.testing.assert_close(stats.norms[0], 2 * full(param).double().norm())
 

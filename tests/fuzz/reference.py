@@ -17,11 +17,6 @@ from tests.fuzz.rules import Array, Settings, combine
 
 Pair = tuple[str, int]
 
-# As the core is to be: a loss that comes alive after it was zero counts from the next backward on,
-# small blocks join large ones, and blocks that the same losses move stay apart. Until then pairs
-# count at once, and blocks that the same losses move in a step are one.
-NEW_CORE = False
-
 
 @dataclass
 class Outcome:
@@ -65,6 +60,7 @@ def exact(
     for index, parameter in enumerate(parameters):
         if not _as_written(history, index, parameter):
             _start_again(history, index, parameter)
+    _wake(history)
     _accumulate(history, gradients(losses, parameters))
     named = [list(members) for members in modalities]
     outcomes = {index: Outcome(None) for index in range(len(parameters))}
@@ -88,7 +84,8 @@ def at_features(
     """
     leaves, count = [leaf for _, leaf in features], len(parameters)
     both = gradients(losses, [*parameters, *leaves])
-    at = [_at_feature(both, count + i, leaf, settings) for i, leaf in enumerate(leaves)]
+    _wake(history)
+    at = [_at_feature(history, both, count + i, leaf, settings) for i, leaf in enumerate(leaves)]
     behind = _behind([feature for feature, _ in features], at, parameters)
     for index, parameter in enumerate(parameters):
         if index in behind or not _as_written(history, index, parameter):
@@ -137,9 +134,13 @@ def _start_again(history: History, index: int, parameter: Tensor) -> None:
     history.start[index] = None if parameter.grad is None else array(parameter.grad)
 
 
-def _accumulate(history: History, found: Mapping[Pair, Array]) -> None:
+def _wake(history: History) -> None:
+    """What came alive in the last backward counts from now on."""
     history.reached |= history.awoken
     history.awoken.clear()
+
+
+def _accumulate(history: History, found: Mapping[Pair, Array]) -> None:
     for pair, gradient in found.items():
         if np.isfinite(gradient).all():
             _look(history, pair, bool(gradient.any()))
@@ -150,7 +151,7 @@ def _accumulate(history: History, found: Mapping[Pair, Array]) -> None:
 def _look(history: History, pair: Pair, moved: bool) -> None:
     if not moved and pair not in history.reached:
         history.asleep.add(pair)
-    elif moved and NEW_CORE and pair in history.asleep and pair not in history.reached:
+    elif moved and pair in history.asleep and pair not in history.reached:
         history.awoken.add(pair)
     elif moved:
         history.reached.add(pair)
@@ -186,13 +187,6 @@ def _joined(
     return joined
 
 
-def _moving(history: History, names: Iterable[str], members: Iterable[int]) -> frozenset[str]:
-    """The losses whose gradient on these parameters is not exactly zero."""
-    return frozenset(
-        n for n in names if any(history.sums.get((n, p), np.zeros(1)).any() for p in members)
-    )
-
-
 def _blocks(
     history: History,
     parameters: Sequence[Tensor],
@@ -209,14 +203,8 @@ def _blocks(
     by_reach: dict[frozenset[str], list[int]] = {}
     for index in range(count):
         by_reach.setdefault(_reaching(history, index), []).append(index)
-    if NEW_CORE:
-        by_reach = _joined(by_reach, parameters)
-    if NEW_CORE or callable(settings.rule):
-        return [(sorted(names), members, settings) for names, members in by_reach.items()]
-    merged: dict[frozenset[str], list[int]] = {}
-    for names, members in by_reach.items():
-        merged.setdefault(_moving(history, names, members), []).extend(members)
-    return [(sorted(names), members, settings) for names, members in merged.items()]
+    by_reach = _joined(by_reach, parameters)
+    return [(sorted(names), members, settings) for names, members in by_reach.items()]
 
 
 def _union(history: History, members: Iterable[int]) -> list[str]:
@@ -249,17 +237,25 @@ def _integrated(
 
 
 def _at_feature(
-    found: Mapping[Pair, Array], index: int, leaf: Tensor, settings: Settings
+    history: History, found: Mapping[Pair, Array], index: int, leaf: Tensor, settings: Settings
 ) -> Outcome:
     """The integrated gradient at one feature, a block of its own."""
-    rows = [[g] for (_, at), g in found.items() if at == index]
-    if not rows:
+    every = {pair: g for pair, g in found.items() if pair[1] == index}
+    if not every:
         return Outcome(None)
+    for pair, g in every.items():
+        if np.isfinite(g).all():
+            _look(history, pair, bool(g.any()))
+    rows = [[g] for p, g in every.items() if p in history.reached or not np.isfinite(g).all()]
+    added = [g for p, g in every.items() if p not in history.reached and np.isfinite(g).all()]
+    if not rows:
+        return Outcome(np.asarray(sum(added)), 0.0)
     if callable(settings.rule) and not all(row[0].any() for row in rows):
         return Outcome(np.zeros(tuple(leaf.shape)), 0.0, "a callable and a zero at a feature")
     sizes = [[float(np.linalg.norm(row[0]))] for row in rows]
     shapes = [np.zeros(tuple(leaf.shape))]
-    return Outcome(*combine(rows, sizes, shapes, settings, [leaf.dtype])[0])
+    value, scale, doubt = combine(rows, sizes, shapes, settings, [leaf.dtype])[0]
+    return Outcome(np.asarray(value + sum(added)), scale, doubt)
 
 
 def _behind(

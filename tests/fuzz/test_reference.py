@@ -110,7 +110,7 @@ def test_a_loss_times_zero_or_saturated_is_absent(seed: int, rule: str, which: i
     names = Network.names_of(plan)
     values = []
     # What is left out leaves blocks that only it told apart as one; what is zero does not.
-    fates = ["zero", "saturated"] if reference.NEW_CORE else ["left out", "zero", "saturated"]
+    fates = ["zero", "saturated"]
     for fate in fates:
         model, history = Network(plan, seed), History()
         settings = Settings(rule, 1.5)

@@ -316,7 +316,7 @@ def test_a_hook_on_a_feature_runs_as_in_plain_training() -> None:
 
 def test_where_hooks_cannot_be_set_aside_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     # internal: as in a PyTorch that does not let hooks be set aside.
-    monkeypatch.setattr("mmpareto_optim.gradients.features._are_set_aside", lambda: False)
+    monkeypatch.setattr("mmpareto_optim.features._are_set_aside", lambda: False)
     model, batch = setting()
     features = model.features(batch)
     with pytest.warns(UserWarning, match="Leave features out where you have such hooks"):

@@ -186,11 +186,10 @@ def test_small_losses_survive_float16_through_the_scale() -> None:
     found = {}
     for scale in (1.0, 2.0**16):
         scaler = GradScaler("cpu", init_scale=scale)
-        losses = {
-            name: loss * 1e-8 for name, loss in autocast_losses(model, torch.float16, batch).items()
-        }
-        opt.zero_grad()
-        opt.backward(scaled(scaler, losses))
+        for _ in range(2):  # a loss that comes alive counts from the next backward on
+            losses = autocast_losses(model, torch.float16, batch)
+            opt.zero_grad()
+            opt.backward(scaled(scaler, {name: loss * 1e-8 for name, loss in losses.items()}))
         scaler.unscale_(opt)
         found[scale] = min((float(s.norms.min()) for s in opt.stats.values()), default=0.0)
     assert found[1.0] == 0

@@ -327,7 +327,7 @@ def test_a_callable_gets_the_gram_matrix_and_decides() -> None:
 
     opt = MMParetoOptimizer(torch.optim.SGD([param], lr=0.1), integration=left_only)
     opt.backward(vectors_as_losses(param, rows))
-    torch.testing.assert_close(seen[0], rows @ rows.T)
+    torch.testing.assert_close(seen[0], rows.double() @ rows.double().T)
     torch.testing.assert_close(param.grad, rows[0])
 
 
