@@ -24,12 +24,13 @@ class Integrated(NamedTuple):
     Attributes:
         gradients: by position of a parameter, in its shape, each in memory of its own.
         stats: by name of a block.
-        coefficients: by name of a block, as numbers, where nothing waits for them.
+        factors: by name of a block, what its gradients were multiplied by at most, as numbers;
+            where nothing waits for them.
     """
 
     gradients: dict[int, Tensor]
     stats: dict[str, BlockStats]
-    coefficients: dict[str, list[float]]
+    factors: dict[str, list[float]]
 
 
 class Integration:
@@ -92,8 +93,8 @@ class Integration:
                 gradients.update(zip(span.positions, found, strict=True))
         stats = self._stats(met, grams, coefficients, stretches)
         known = {
-            block.name: each.tolist()
-            for block, each in zip(met, coefficients, strict=True)
+            block.name: _times_largest(each, stretch).tolist()
+            for block, each, stretch in zip(met, coefficients, stretches, strict=True)
             if each.device.type == "cpu"
         }
         return Integrated(gradients, stats, known)
@@ -221,6 +222,12 @@ def _as_numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
     if coefficients.device.type == "cpu":
         return coefficients.tolist()
     return coefficients.unbind()
+
+
+def _times_largest(coefficients: Tensor, stretches: Sequence[Tensor]) -> Tensor:
+    if not stretches:
+        return coefficients
+    return coefficients * torch.stack([stretch.amax() for stretch in stretches]).amax()
 
 
 def _cat_on(like: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:

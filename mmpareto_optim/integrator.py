@@ -183,7 +183,7 @@ class GradientIntegrator:
         self.has_integrated = True
         self.most_losses = max(self.most_losses, len(losses))
         if not callable(self._options.integration):
-            self._watch(found.coefficients)
+            self._watch(found.factors)
 
     @torch.no_grad()
     def _integrated_at(
@@ -268,9 +268,9 @@ class GradientIntegrator:
             return blocks_by_reach(reached, tuple(param.numel() for param in params))
         return blocks_by_modality(reached, params, modalities, rows)
 
-    def _watch(self, coefficients: Mapping[str, Sequence[float]]) -> None:
+    def _watch(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Warn once of a very small gradient, and of each block that mostly stands still."""
-        for name, numbers in coefficients.items():
+        for name, numbers in factors.items():
             if max(numbers) > LARGE_COEFFICIENT and not self._warned:
                 self._warned = warn_of_small_gradient(name, self.stats[name])
             known = self._stood_still.setdefault(name, [])

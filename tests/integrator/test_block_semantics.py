@@ -4,6 +4,7 @@ Losses are linear, so that their gradients are what a test gives them; zeros are
 autograd gives them through ``stack`` or a product with zero.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -163,6 +164,24 @@ def test_blocks_by_hand_stay_as_they_are() -> None:
     for name, (_, losses) in layout.items():
         expected = integrated([rows[loss][name] for loss in losses])
         torch.testing.assert_close(grad_of(params[name]), expected)
+
+
+def test_a_block_that_stands_still_is_told_of() -> None:
+    """One number, two losses that pull it either way, and no block to join."""
+    params = params_of({"gate": 1, "trunk": 5})
+    opt = optimizer_of(params)
+    rows = {
+        "a": {"gate": torch.tensor([1.0]).double(), "trunk": torch.ones(5).double()},
+        "b": {"gate": torch.tensor([-1.0]).double()},
+        "c": {"trunk": torch.ones(5).double()},
+    }
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(250):
+            backward(opt, params, rows)
+    (warning,) = told
+    assert "block 'a+b'" in str(warning.message)
+    assert not grad_of(params["gate"]).any()
 
 
 # Zeros within a block.

@@ -390,6 +390,7 @@ def test_steps_leave_no_reference_cycles(at_features: bool) -> None:
     assert not {kind for kind in kinds if kind.__module__.startswith("mmpareto_optim")}
 
 
+@pytest.mark.filterwarnings("ignore:block .* the gradient of loss")
 @pytest.mark.parametrize(
     "steps", [300, pytest.param(10_000, marks=pytest.mark.slow)], ids=["300", "10000"]
 )

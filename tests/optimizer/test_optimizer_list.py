@@ -1,9 +1,8 @@
-"""Several optimizers on one graph, and what is said of parameters and steps without losses."""
+"""Several optimizers on one graph."""
 
-import warnings
 from copy import deepcopy
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW, Optimizer
 
 from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
-from tests.models import LateFusion, audio_visual_batch, grads
+from tests.models import LateFusion, audio_visual_batch
 
 
 def split(model: LateFusion) -> tuple[list[Tensor], list[Tensor]]:
@@ -232,103 +231,3 @@ def test_a_group_that_is_added_to_one_joins_in() -> None:
     first.add_param_group({"params": added})
     trained(model, opt, 1)
     assert list(opt.stats) == ["mm+audio", "mm+visual"]
-
-
-def test_parameters_that_nobody_holds_are_told_of_once() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(SGD(model.audio.parameters(), lr=0.1))
-    with pytest.warns(UserWarning, match=r"holds, of shape .*\(the first by loss 'mm'"):
-        opt.backward(model.losses(audio_visual_batch()))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.backward(model.losses(audio_visual_batch()))
-    quiet = MMParetoOptimizer(SGD(model.parameters(), lr=0.1))
-    x = torch.randn(16, 5, requires_grad=True)  # no parameter, though a leaf
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        quiet.backward(model.losses((x, *audio_visual_batch()[1:])))
-    assert x.grad is None
-    assert all(grad is not None for grad in grads(model))
-
-
-def test_one_hint_to_who_never_gives_losses() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(9):
-            opt.step()
-    with pytest.warns(UserWarning, match=r"never given losses.*call step\(losses"):
-        opt.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(20):
-            opt.step()
-        used = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
-        used.backward(model.losses(audio_visual_batch()))
-        for _ in range(20):
-            used.step()
-
-
-def test_one_hint_to_who_gives_a_sum() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(30):
-            losses = list(model.losses(audio_visual_batch()).values())
-            opt.step(losses={"sum": torch.stack(losses).sum()})
-    assert [str(each.message).partition(",")[0] for each in told] == [
-        "this MMParetoOptimizer has stepped 10 times and was only ever given one loss"
-    ]
-    assert told[0].filename == __file__
-
-
-def test_a_closure_that_forgets_backward() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
-    with pytest.raises(RuntimeError, match="return the mapping of losses"):
-        opt.step(lambda: sum(model.losses(audio_visual_batch()).values()))
-
-
-def test_none_as_a_loss() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(SGD(model.parameters(), lr=0.01))
-    losses: dict[str, Any] = {**model.losses(audio_visual_batch()), "visual": None}
-    with pytest.raises(TypeError, match="loss 'visual' is None: leave it out"):
-        opt.step(losses=losses)
-
-
-@pytest.mark.parametrize("rescale", ["encoder", "tensor"])
-def test_a_loss_too_small_to_be_a_task_is_told_of_once(
-    rescale: Literal["encoder", "tensor"],
-) -> None:
-    weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-    opt = MMParetoOptimizer(SGD([weight], lr=1e-9), rescale=rescale)
-
-    def losses(size: float) -> dict[str, torch.Tensor]:
-        policy = weight[0] * 3
-        return {"policy": policy, "entropy": size * (weight[1] - weight[0])}
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.step(losses=losses(0.1))
-        opt.step(losses=losses(0.0))
-    with pytest.warns(
-        UserWarning, match=r"block 'policy\+entropy': the gradient of loss 'entropy'"
-    ):
-        opt.step(losses=losses(1e-5))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.step(losses=losses(1e-5))
-        own = MMParetoOptimizer(SGD([weight], lr=1e-9), integration=lambda gram: gram[0] * 0 + 1e5)
-        own.step(losses=losses(1e-5))
-
-
-def test_nearly_opposite_gradients_are_not_told_of() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    opt = MMParetoOptimizer(SGD([weight], lr=0.0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.step(losses={"one": weight[0], "other": -2 * weight[0] + 1e-5 * weight[1]})
-    assert opt.stats["one+other"].coefficients.max() > 1e4
