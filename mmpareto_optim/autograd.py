@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.graph import leaves_beside
-from mmpareto_optim.messages import warn_of_unheld
-from mmpareto_optim.rows import Form, Row, forms_of, layout_of
+from mmpareto_optim.messages import raise_explained, warn_of_unheld
+from mmpareto_optim.rows import LONG, Form, Row, forms_of, layout_of
 from mmpareto_optim.types import Constants, Describe, Gradient, Losses
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Backward:
         processes: those that integrate as one.
         constants: what these have in common, by the names of error messages.
         retain_graph: whether the graph is needed again.
+        accumulates: whether rows are needed after the step.
         describe: a parameter's name for error messages.
     """
 
@@ -38,6 +39,7 @@ class Backward:
     processes: "Processes"
     constants: Constants
     retain_graph: bool
+    accumulates: bool
     describe: Describe
 
 
@@ -51,6 +53,7 @@ class Differentiation:
     def __init__(self) -> None:
         self.is_first = True
         self._functions_call_backward = False
+        self._reused: set[int] = set()
 
     def rows(self, backward: Backward) -> Rows:
         """Each loss's gradient at the parameters, averaged over the processes.
@@ -61,14 +64,22 @@ class Differentiation:
         forms = local_forms(backward)
         others = self._leaves_to_pass_through(backward)
         names = backward.processes.losses_of_all(backward.losses, backward.constants)
+        memory = self.memory(backward)
         rows = {}
         for name in reversed(names):
             gradient = self.gradient_of(backward, name, backward.params, others, names[0])
-            rows[name] = averaged_row(backward.processes, name, forms, gradient)
+            kept = memory.kept(name, gradient)
+            rows[name] = averaged_row(backward.processes, name, forms, gradient, kept)
             del gradient  # autograd's own tensors, before the next pass makes more of them
+        memory.check()
         backward.processes.wait()
         self.is_first = False
         return {name: rows[name] for name in names}
+
+    def memory(self, backward: Backward) -> "ForeignMemory":
+        """Which of autograd's tensors may stay where they are in this backward."""
+        copies = backward.accumulates or backward.processes.writes_rows
+        return ForeignMemory(backward, self._reused, learns=self.is_first, copies=copies)
 
     def gradient_of(
         self,
@@ -111,12 +122,83 @@ def local_forms(backward: Backward) -> tuple[Form, ...]:
     return forms_of([backward.processes.local(param) for param in backward.params])
 
 
+class ForeignMemory:
+    """Long gradients that stay in autograd's memory until the step ends, where that is safe.
+
+    It is not where a backward returns the same buffer each time, as that of
+    ``make_graphed_callables`` does. A fresh tensor cannot have the address of one that is alive.
+    In the first backward all is copied, and such buffers are found.
+
+    Args:
+        backward: what is differentiated.
+        reused: ids of the parameters whose gradients are in such buffers; added to.
+        learns: whether this is the first backward.
+        copies: whether all is to be copied.
+    """
+
+    def __init__(self, backward: Backward, reused: set[int], *, learns: bool, copies: bool) -> None:
+        self._params = backward.params
+        self._describe = backward.describe
+        self._reused = reused
+        self._learns = learns
+        self._copies = copies
+        self._last: dict[int, Tensor] = {}
+        self._alive: dict[int, tuple[str, int, Tensor, int]] = {}
+
+    def kept(self, name: str, gradient: Gradient) -> Sequence[int]:
+        """Positions of a loss's gradients that need not be copied.
+
+        Raises:
+            RuntimeError: one is in the memory of another loss's; names both.
+        """
+        if self._copies and not self._learns:
+            return ()
+        long = [
+            (position, piece)
+            for position, piece in enumerate(gradient)
+            if piece is not None and piece.numel() >= LONG and type(piece) is Tensor
+        ]
+        if self._learns:
+            for position, piece in long:
+                last = self._last.get(position)
+                if last is not None and last.data_ptr() == piece.data_ptr():
+                    self._reused.add(id(self._params[position]))
+                self._last[position] = piece
+            return ()
+        long = [(at, piece) for at, piece in long if id(self._params[at]) not in self._reused]
+        for position, piece in long:
+            other = self._alive.get(piece.data_ptr())
+            if other is not None and other[0] != name:
+                self._raise(other[0], position)
+        self._alive |= {p.data_ptr(): (name, at, p, p._version) for at, p in long if not p.is_meta}
+        return [position for position, _ in long]
+
+    def check(self) -> None:
+        """Raise RuntimeError if a gradient was written to by a later pass; names it."""
+        for name, position, piece, version in self._alive.values():
+            if piece._version != version:
+                self._raise(name, position)
+
+    def _raise(self, name: str, position: int) -> NoReturn:
+        param = self._params[position]
+        self._reused.add(id(param))
+        raise RuntimeError(
+            f"the gradient of loss {name!r} for {self._describe(param)} was overwritten by a later "
+            "backward pass: some backward returns the same buffer each time. Nothing has changed; "
+            "repeat the step. From now on that gradient is copied after each pass"
+        )
+
+
 def averaged_row(
-    processes: "Processes", name: str, forms: tuple[Form, ...], gradient: Gradient
+    processes: "Processes",
+    name: str,
+    forms: tuple[Form, ...],
+    gradient: Gradient,
+    kept: Sequence[int] = (),
 ) -> Row:
     """A gradient as a row, whose average over the processes begins."""
     given = processes.given_by_all(name, tuple(piece is not None for piece in gradient))
-    row = layout_of(forms, given).flatten(gradient)
+    row = layout_of(forms, given).flatten(gradient, kept)
     processes.average(row)
     return row
 
@@ -219,42 +301,3 @@ def check_dense(
                 f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
                 "gradients can be integrated: build the embedding with sparse=False"
             )
-
-
-def raise_explained(error: RuntimeError, what: str) -> NoReturn:
-    """Raise an error of autograd again; named, and with the mend, if that is known."""
-    mend = next((mend for sign, mend in MENDS.items() if sign in str(error)), None)
-    if mend is None:
-        raise error
-    raise RuntimeError(f"{what}{mend}") from error
-
-
-MENDS = {
-    "second time": (
-        ": its graph has been freed by an earlier backward. step(losses=...) and "
-        "backward(losses) differentiate by themselves: remove a backward of yours, and make a "
-        "forward pass for each call. Where two wrappers step on one graph, give both "
-        "optimizers to one, as in MMParetoOptimizer([first, second]). Only where two gradients "
-        "are to add up, pass retain_graph=True to the first backward"
-    ),
-    "use_reentrant=True": (
-        " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "
-        "be differentiated one loss at a time: pass use_reentrant=False (Hugging Face: "
-        "gradient_checkpointing_kwargs={'use_reentrant': False})"
-    ),
-    "donated buffer": (
-        " goes through a region that torch.compile compiled for a single backward pass, and "
-        "each loss takes one: set torch._functorch.config.donated_buffer = False before the "
-        "first backward"
-    ),
-    "fabric.backward(loss)": (
-        " comes from a module that Fabric set up, whose outputs refuse every backward but "
-        "Fabric's with this precision: compute it with the model itself, under "
-        "fabric.autocast()"
-    ),
-    "engine.backward(loss)": (
-        " comes from a DeepSpeed engine, whose outputs refuse every backward but the engine's: "
-        "compute it with engine.module, and see the recipe for DeepSpeed"
-    ),
-}
-"""By a part of autograd's message what follows the name of the loss."""

@@ -20,10 +20,9 @@ from mmpareto_optim.autograd import (
     averaged_row,
     by_autograd,
     local_forms,
-    raise_explained,
 )
 from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
-from mmpareto_optim.messages import warn, warn_of_unheld
+from mmpareto_optim.messages import raise_explained, warn, warn_of_unheld
 from mmpareto_optim.rows import Row, forms_of, layout_of
 from mmpareto_optim.types import Describe, Features, Gradient, Losses
 
@@ -52,6 +51,7 @@ def rows_through(
     forms, forms_at = local_forms(backward), forms_of(outputs)
     targets = [*outputs, *(params[position] for position in paths.heads)]
     names = processes.losses_of_all(backward.losses, backward.constants)
+    memory = differentiation.memory(backward)
     rows, rows_at = {}, {}
     with hooks_set_aside(outputs):
         for name in reversed(names):
@@ -62,12 +62,15 @@ def rows_through(
             del found
             given = processes.given_by_all(name, tuple(piece is not None for piece in at))
             rows_at[name] = layout_of(forms_at, given).flatten(at)
-            rows[name] = averaged_row(processes, name, forms, gradient)
+            rows[name] = averaged_row(processes, name, forms, gradient, memory.kept(name, gradient))
             del at, gradient
     integrated = integrate_at({name: rows_at[name] for name in names})
     behind = paths.through_encoders(params, integrated, backward.retain_graph)
     add_what_functions_wrote(behind, params)
-    plain = averaged_row(processes, "features", forms, behind)
+    kept = memory.kept("the features", behind)
+    plain = averaged_row(processes, "the features", forms, behind, kept)
+    del behind
+    memory.check()
     processes.wait()
     differentiation.is_first = False
     return {name: rows[name] for name in names}, plain, paths.behind

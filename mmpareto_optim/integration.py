@@ -58,7 +58,12 @@ class Integration:
         self._at_features = at_features
 
     def integrate(
-        self, blocks: Sequence[Block], losses: Sequence[str], rows: Sequence[Row]
+        self,
+        blocks: Sequence[Block],
+        losses: Sequence[str],
+        rows: Sequence[Row],
+        *,
+        release: bool = True,
     ) -> Integrated:
         """One gradient for each parameter that has a gradient in some row.
 
@@ -66,6 +71,7 @@ class Integration:
             blocks: which losses meet at which parameters.
             losses: names of the losses, of which each has a row.
             rows: theirs, and others behind them that are added as they are.
+            release: whether rows are let go of as they are combined.
 
         Raises:
             ValueError: a user's rule returns coefficients of another shape.
@@ -81,7 +87,8 @@ class Integration:
         stretches: list[list[Tensor]] = [[] for _ in met]
         for group, of_spans in zip(groups, pieces, strict=True):
             factors = _factors(group, numbers)
-            for span, of_rows in zip(group.spans, of_spans, strict=True):
+            for span in group.spans:
+                of_rows = of_spans.pop(0)
                 if group.block is not None and self._options.stretches_tensors:
                     flat, stretch = self._stretched(
                         group, span, of_rows, factors, grams[group.block]
@@ -91,6 +98,10 @@ class Integration:
                     flat = combine(of_rows, factors)
                 found = unflatten(flat, span.forms, is_new=flat is not of_rows[0])
                 gradients.update(zip(span.positions, found, strict=True))
+                del flat, of_rows
+                if release:
+                    for row, place in zip(group.rows, span.places, strict=True):
+                        rows[row].release(place)
         stats = self._stats(met, grams, coefficients, stretches)
         known = {
             block.name: _times_largest(each, stretch).tolist()

@@ -157,7 +157,9 @@ class GradientIntegrator:
         with processes.failing_together(), grads_set_aside(params) as before:
             modalities = self._checked(losses, features, by_hand, processes)
             constants = self._constants(params, modalities, features)
-            backward = Backward(losses, params, processes, constants, retain_graph, self._describe)
+            backward = Backward(
+                losses, params, processes, constants, retain_graph, keep, self._describe
+            )
             seen, stats, plain = Seen(params), dict[str, BlockStats](), None
             if features is None:
                 rows = self._differentiation.rows(backward)
@@ -175,7 +177,7 @@ class GradientIntegrator:
             seen.blocks = self._blocks(reached, params, modalities, rows)
             integration = Integration(self._options, processes, self._copies)
             everything = [*rows.values()] if plain is None else [*rows.values(), plain]
-            found = integration.integrate(seen.blocks, list(rows), everything)
+            found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)
             gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
             accumulated.write(gradients, processes, keep=keep)
         self._accumulated = accumulated if keep else None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -220,3 +220,42 @@ def warn_of_small_gradient(block: str, stats: BlockStats) -> bool:
         "solved needs no more say, and a larger weight gives it less"
     )
     return True
+
+
+def raise_explained(error: RuntimeError, what: str) -> NoReturn:
+    """Raise an error of autograd again; named, and with the mend, if that is known."""
+    mend = next((mend for sign, mend in MENDS.items() if sign in str(error)), None)
+    if mend is None:
+        raise error
+    raise RuntimeError(f"{what}{mend}") from error
+
+
+MENDS = {
+    "second time": (
+        ": its graph has been freed by an earlier backward. step(losses=...) and "
+        "backward(losses) differentiate by themselves: remove a backward of yours, and make a "
+        "forward pass for each call. Where two wrappers step on one graph, give both "
+        "optimizers to one, as in MMParetoOptimizer([first, second]). Only where two gradients "
+        "are to add up, pass retain_graph=True to the first backward"
+    ),
+    "use_reentrant=True": (
+        " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "
+        "be differentiated one loss at a time: pass use_reentrant=False (Hugging Face: "
+        "gradient_checkpointing_kwargs={'use_reentrant': False})"
+    ),
+    "donated buffer": (
+        " goes through a region that torch.compile compiled for a single backward pass, and "
+        "each loss takes one: set torch._functorch.config.donated_buffer = False before the "
+        "first backward"
+    ),
+    "fabric.backward(loss)": (
+        " comes from a module that Fabric set up, whose outputs refuse every backward but "
+        "Fabric's with this precision: compute it with the model itself, under "
+        "fabric.autocast()"
+    ),
+    "engine.backward(loss)": (
+        " comes from a DeepSpeed engine, whose outputs refuse every backward but the engine's: "
+        "compute it with engine.module, and see the recipe for DeepSpeed"
+    ),
+}
+"""By a part of autograd's message what follows the name of the loss."""

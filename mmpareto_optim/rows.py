@@ -1,13 +1,13 @@
-"""Gradients as rows: flat memory of our own, one row for each loss.
+"""Gradients as rows: flat memory, one row for each loss.
 
-A row has one tensor for each device and dtype (several where they would be long), in which the
-gradients of the parameters that the loss gives one lie one after the other. Autograd's tensors are
-read once, right after the pass that made them, and never written or kept: they may be somebody's
-buffer. Rows are in at least float32, whatever the dtype of the gradients; complex numbers count as
-pairs of real ones.
+A row has one tensor for each device and dtype, in which the gradients of the parameters that the
+loss gives one lie one after the other, and a tensor of its own for each long one. They are copies
+of autograd's tensors, which may be somebody's buffer; only long ones may stay where they are, to
+be read, until the step ends. Rows are in at least float32, whatever the dtype of the gradients;
+complex numbers count as pairs of real ones.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,11 +17,8 @@ from torch import Tensor
 
 from mmpareto_optim.types import Gradient
 
-SEGMENT_BYTES = {"cpu": 2**24}
-"""Memory of a tensor of a row, at most, if it holds more than one gradient: what the allocator
-keeps for the next step. Longer ones are given back to the system, and cleared by it each time."""
-
-OTHER_SEGMENT_BYTES = 2**27
+LONG = 2**15
+"""Numbers of a gradient from which it is not copied in among others, and may stay where it is."""
 
 CHUNK = 2**17
 """Numbers that are combined at a time on the CPU, so that the sum stays in a core's cache."""
@@ -101,30 +98,39 @@ class Layout:
         self.given = given
         self.segments: list[list[int]] = []
         self.places: dict[int, Place] = {}
-        open_segments: dict[tuple[torch.device, torch.dtype], tuple[int, int]] = {}
+        shared: dict[tuple[torch.device, torch.dtype], int] = {}
+        sizes: list[int] = []
         for position in (index for index, there in enumerate(given) if there):
             form = forms[position]
-            key = (form.device, form.dtype)
-            most = SEGMENT_BYTES.get(form.device.type, OTHER_SEGMENT_BYTES)
-            number, size = open_segments.get(key, (-1, 0))
-            if number < 0 or (size + form.size) * form.row_dtype.itemsize > most:
-                number, size = len(self.segments), 0
+            number = len(self.segments)
+            if form.size < LONG:
+                number = shared.setdefault((form.device, form.dtype), number)
+            if number == len(self.segments):
                 self.segments.append([])
+                sizes.append(0)
             self.segments[number].append(position)
-            self.places[position] = Place(number, size, size + form.size)
-            open_segments[key] = (number, size + form.size)
+            self.places[position] = Place(number, sizes[number], sizes[number] + form.size)
+            sizes[number] += form.size
 
-    def flatten(self, gradient: Gradient) -> "Row":
-        """A gradient as a row; zeros for None."""
+    def flatten(self, gradient: Gradient, kept: Container[int] = ()) -> "Row":
+        """A gradient as a row.
+
+        Args:
+            gradient: for each parameter a tensor; zeros for None.
+            kept: positions of long ones that need not be copied.
+        """
         return self.row_of(
-            [None if g is None else self.forms[i].flat(g) for i, g in enumerate(gradient)]
+            [None if g is None else self.forms[i].flat(g) for i, g in enumerate(gradient)], kept
         )
 
-    def row_of(self, pieces: Gradient) -> "Row":
-        """The row of some gradients that are flat; zeros for None."""
+    def row_of(self, pieces: Gradient, kept: Container[int] = ()) -> "Row":
+        """As :meth:`flatten`, of gradients that are flat already."""
         segments = []
         for positions in self.segments:
-            form = self.forms[positions[0]]
+            form, first = self.forms[positions[0]], pieces[positions[0]]
+            if positions[0] in kept and first is not None:
+                segments.append(first.to(form.row_dtype))
+                continue
             flats = [
                 torch.zeros(self.forms[i].size, dtype=form.row_dtype, device=form.device)
                 if (piece := pieces[i]) is None
@@ -150,6 +156,11 @@ class Row:
     def part(self, place: Place) -> Tensor:
         """A piece of the row; a view."""
         return self.segments[place.segment][place.start : place.stop]
+
+    def release(self, place: Place) -> None:
+        """Let go of a long gradient, so that its memory may serve the next result."""
+        if place.stop - place.start >= LONG and len(self.layout.segments[place.segment]) == 1:
+            self.segments[place.segment] = self.segments[place.segment].new_empty(0)
 
     def pieces(self, size: int, positions: Mapping[int, int] | None = None) -> Gradient:
         """The flat gradients of the parameters, views.

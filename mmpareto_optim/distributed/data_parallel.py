@@ -41,6 +41,8 @@ class DataParallel(Processes):
         reduce_dtype: in what dtype real gradients are averaged, or None for their own.
     """
 
+    writes_rows = True
+
     def __init__(self, group: "ProcessGroup", reduce_dtype: torch.dtype | None) -> None:
         self.group = group
         self.size = dist.get_world_size(group)

@@ -57,6 +57,7 @@ class Sharded(Processes):
             for param in params
         )
         self.rounding = 0.0 if averaging is None else averaging.rounding
+        self.writes_rows = averaging is not None
         self._any_reached = False
 
     def is_of(self, params: Sequence[Tensor], averaging: DataParallel | None) -> bool:

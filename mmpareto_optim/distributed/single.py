@@ -17,9 +17,11 @@ class Processes(Protocol):
     Attributes:
         rounding: unit roundoff of the dtype that averages are made in, 0 if it is the gradients'.
         shares: for each parameter what part of an inner product counts here; None for all of it.
+        writes_rows: whether rows are averaged, in place.
     """
 
     rounding: float = 0.0
+    writes_rows: bool = False
     shares: tuple[float, ...] | None = None
 
     def failing_together(self) -> AbstractContextManager[None]:
