@@ -13,8 +13,7 @@ from mmpareto_optim.ground import Gradient, Gradients
 from mmpareto_optim.method import Method
 from mmpareto_optim.parallel.alone import Alone
 from mmpareto_optim.parts import Parts
-from mmpareto_optim.rules import Rule, applied_gamma, named_coefficients
-from mmpareto_optim.rules.host import mmpareto_on_the_host, uniform_on_the_host
+from mmpareto_optim.rules import Rounding, Rule, applied_gamma, coefficients_of_blocks
 from mmpareto_optim.stats import BlockStats
 
 
@@ -171,39 +170,12 @@ class Integrated:
                 self._processes.same(self._of_users_rule(block, gram.to(flat.dtype)))
                 for block, gram, flat in zip(self._blocks, self._grams, flats, strict=True)
             ]
-        found: dict[int, Tensor] = {}
-        # Other blocks of the same kind are solved together: a rule is many small operations.
-        alike: dict[Any, list[int]] = {}
-        for index, (gram, flat) in enumerate(zip(self._grams, flats, strict=True)):
-            if self._is_for_the_host(gram):
-                found[index] = self._on_the_host(gram, *flat.errors)
-            else:
-                kind = (len(gram), gram.device, gram.dtype, flat.errors)
-                alike.setdefault(kind, []).append(index)
-        for (*_, (eps, written)), members in alike.items():
-            grams = torch.stack([self._grams[index] for index in members])
-            solved = named_coefficients(
-                str(self._method.integration),
-                grams,
-                self._method.factor,
-                eps=eps,
-                written=written,
-                stretched=not self._method.by_tensor,
-            )
-            found.update(zip(members, solved.unbind(), strict=True))
-        return [found[index] for index in range(len(flats))]
-
-    def _on_the_host(self, gram: Tensor, eps: float, written: float) -> Tensor:
-        if self._method.integration == "uniform":
-            return uniform_on_the_host(gram, self._method.factor)
-        return mmpareto_on_the_host(gram, self._method.factor, eps, written)
-
-    def _is_for_the_host(self, gram: Tensor) -> bool:
-        return (
-            self._method.integration in ("mmpareto", "uniform")
-            and not self._method.by_tensor
-            and type(gram) is Tensor
-            and gram.device.type == "cpu"
+        return coefficients_of_blocks(
+            str(self._method.integration),
+            self._grams,
+            self._method.factor,
+            [Rounding(*flat.errors) for flat in flats],
+            stretched=not self._method.by_tensor,
         )
 
     def _of_users_rule(self, block: Block, gram: Tensor) -> Tensor:

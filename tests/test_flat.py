@@ -22,7 +22,7 @@ from mmpareto_optim.flat.gram import (
     leads_the_same_way,
 )
 from mmpareto_optim.flat.strips import error_of_float32
-from mmpareto_optim.rules import named_coefficients
+from mmpareto_optim.rules import Rounding, coefficients_of_blocks
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
 
 
@@ -253,7 +253,10 @@ def test_launches_do_not_grow_with_the_number_of_parameters(integration: Any) ->
                 rows: Any = [[torch.zeros(7, 5) for _ in params] for _ in range(2)]
             with torch.no_grad(), Launches() as launches:  # type: ignore[no-untyped-call]
                 block = FlatBlock(params, rows)
-                block.combine(named_coefficients(integration, block.gram(), 1.5, eps=2**-23))
+                block.combine(
+                    *coefficients_of_blocks(
+                        integration, [block.gram()], 1.5, [Rounding(2**-23)]
+                    ))
         counts.append(launches.count)
     assert counts[0] == counts[1] > 0
 

@@ -7,10 +7,9 @@ from torch import Tensor
 from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
 from mmpareto_optim.rules.config import config_coefficients
 from mmpareto_optim.rules.gram import applied_gamma, check_gamma, check_gram, solver_dtype
-from mmpareto_optim.rules.mmpareto import mmpareto_coefficients, unstretched_coefficients
-from mmpareto_optim.rules.named import NAMES, default_gamma, named_coefficients
-from mmpareto_optim.rules.pareto import pareto_coefficients
-from mmpareto_optim.rules.solver import min_norm_weights
+from mmpareto_optim.rules.mmpareto import mmpareto_coefficients
+from mmpareto_optim.rules.named import NAMES, Rounding, coefficients_of_blocks, default_gamma
+from mmpareto_optim.rules.pareto import min_norm_weights, pareto_coefficients
 from mmpareto_optim.rules.uniform import uniform_coefficients
 
 Rule = Callable[[Tensor], Tensor]
@@ -18,19 +17,19 @@ Rule = Callable[[Tensor], Tensor]
 
 __all__ = [
     "NAMES",
+    "Rounding",
     "Rule",
     "applied_gamma",
     "check_gamma",
     "check_gram",
+    "coefficients_of_blocks",
     "config_coefficients",
     "default_gamma",
     "dualproj_coefficients",
     "min_norm_weights",
     "mmpareto_coefficients",
-    "named_coefficients",
     "pareto_coefficients",
     "solver_dtype",
     "uniform_coefficients",
-    "unstretched_coefficients",
     "upgrad_coefficients",
 ]
