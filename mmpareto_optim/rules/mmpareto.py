@@ -1,5 +1,6 @@
 """MMPareto: the direction of the min-norm point, the length of the sum."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from mmpareto_optim.rules.evaluation import Array, Formulas, evaluate
 from mmpareto_optim.rules.gram import check_gamma, check_gram
 from mmpareto_optim.rules.pareto import weight_of_two, weights_of_many
-from mmpareto_optim.rules.solver import EPS
+from mmpareto_optim.rules.solver import EPS, nonnegative_minimum
 
 LONGEST_STRETCH = 2.0**120
 """Coefficients stay finite in float32, where the gradients' lengths differ by more than that."""
@@ -102,22 +103,34 @@ def _of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any, margin: float) 
 
 def _of_many(cosines: Array, lengths: Array, margin: float) -> Array:
     """The min-norm direction, at least as long as the sum of the gradients."""
-    size = len(lengths)
     if cosines.min() >= 0:
-        return np.ones(size)
-    # First with a margin for the solver's own rounding, then as near to the edge as it gets.
-    for extra in (8 * size * EPS, 0.0):
-        coefficients = weights_of_many(cosines, lengths, margin + extra)
-        shares = coefficients * (lengths / lengths.max())
+        return np.ones(len(lengths))
+    units = lengths / lengths.max()
+    for weights in _candidates(cosines, lengths, margin):
+        shares = weights * units
         products = cosines @ shares
-        if (products >= (margin - size / 2 * EPS) * shares.sum()).all():
+        if (products >= (margin - len(lengths) / 2 * EPS) * shares.sum()).all():
             break
     else:
-        return np.zeros(size)
-    units = lengths / lengths.max()
+        return np.zeros(len(lengths))
     sum_square, square = units @ cosines @ units, shares @ products
     stretch = np.sqrt(sum_square / square) if sum_square > square else 1.0
-    return np.asarray(coefficients * min(stretch, LONGEST_STRETCH))
+    return np.asarray(weights * min(stretch, LONGEST_STRETCH))
+
+
+def _candidates(cosines: Array, lengths: Array, margin: float) -> Iterator[Array]:
+    """Weights that may have the margin; if the last ones have not, none have."""
+    # Beside the margin, room for the solver's own rounding.
+    yield weights_of_many(cosines, lengths, margin + 8 * len(lengths) * EPS)
+    yield weights_of_many(cosines, lengths, margin)
+    # The min-norm point may be made of gradients so opposite that it drowns in their rounding, and
+    # lie where others lead by themselves: x >= 0 of the least sum with C x >= 1, and its dual.
+    size = len(lengths)
+    zero, one = np.zeros((size, size)), np.ones(size)
+    program = np.block([[zero, -cosines], [cosines, zero]])
+    weights = nonnegative_minimum(program, np.append(-one, one))[:size] / lengths
+    # It is as long as it is stretched to be.
+    yield np.asarray(weights / weights.sum() * EPS)
 
 
 def _unstretched_of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any) -> Any:

@@ -79,9 +79,9 @@ def coefficients_of_blocks(
     away: dict[torch.device, list[int]] = {}
     formulas = [_formulas(name, rounding, stretched) for rounding in roundings]
     for index, (gram, formula) in enumerate(zip(grams, formulas, strict=True)):
-        if gram.device.type == "cpu":
+        if gram.device.type == "cpu" and type(gram) is Tensor:
             matrix = gram.to(torch.float64).numpy()
-            found[index] = torch.tensor(of_one(matrix, formula, gamma), dtype=torch.float64)
+            found[index] = torch.from_numpy(np.asarray(of_one(matrix, formula, gamma)))
         elif len(gram) == 2:
             pairs.setdefault((gram.device, formula), []).append(index)
         elif len(gram) == 1 or gram.is_meta:
