@@ -84,14 +84,15 @@ def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
     Divided by the product of the two lengths, a Gram matrix holds their ratio, its inverse and
     their cosine: nothing overflows or vanishes.
     """
-    product = gram.diagonal(dim1=-2, dim2=-1).sqrt().prod(-1, keepdim=True)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    product = squares.sqrt().prod(-1, keepdim=True)
     scaled = gram / product.unsqueeze(-1)
     ratios = scaled.diagonal(dim1=-2, dim2=-1)
     cosine = torch.lerp(scaled[..., :1, 1], scaled[..., 1:, 0], 0.5)
     found = gamma * formulas.of_two(ratios, ratios.flip(-1), cosine, torch)
     # NaN where the Gram matrix is not finite.
     found = torch.add(found, scaled.sum((-2, -1)).unsqueeze(-1), alpha=0)
-    return found.masked_fill(product == 0, 1.0)
+    return found.masked_fill((squares <= 0).any(-1, keepdim=True), 1.0)
 
 
 def of_pair(

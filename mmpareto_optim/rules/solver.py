@@ -1,5 +1,7 @@
 """Quadratic problems in non-negative numbers: the one solver behind all rules."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from mmpareto_optim.rules.evaluation import Array
@@ -20,11 +22,12 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     ``x >= 0``, one of them where there are several. For another matrix that is positive on
     ``x >= 0`` it is a point where the conditions for a minimum hold.
 
-    Exact for the matrix as it is given, up to rounding: the conditions hold to about
-    ``8 m eps (sum(x) + max(q))``, with ``eps = 2**-52``. To that end the diagonal is made larger by
-    ``4 m eps``, which makes systems of dependent gradients regular. Where rounding leads astray
-    even so, or the matrix is not positive on ``x >= 0`` because its entries are rounded, it
-    is made larger by 4 times that, and so on, and the conditions hold to twice what it is.
+    Exact for the matrix as it is given, up to rounding: the conditions hold to
+    ``8 m eps (sum(x) + max(q))``, with ``eps = 2**-52``. Where rounding leads astray, as it does
+    among gradients that depend on each other, the diagonal is made larger by ``4 m eps``, which the
+    same bound allows for. Where that is not enough, or the matrix is not positive on ``x >= 0``
+    because its entries are rounded, it is made larger by 4 times as much, and so on, and the
+    conditions hold to twice what was added.
 
     Args:
         matrix: A, symmetric, with a diagonal of order 1, shape ``(m, m)``.
@@ -32,19 +35,25 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     """
     if target.max() <= 0:
         return np.zeros(len(target))
-    identity = np.eye(len(target))
-    regularization = 4 * len(target) * EPS
-    while True:
-        regular = matrix + regularization * identity
-        for method in (_block_pivoting, _lemke):
-            found = method(regular, target)
-            # Certain in the end: nothing is negative in a matrix with so large a diagonal.
-            if found is not None and _is_optimal(found, matrix, target, 2 * regularization):
-                return found
-        regularization *= 4
+    return next(
+        x
+        for x, tolerance in _attempts(matrix, target)
+        if x is not None and _is_optimal(matrix, target, x, tolerance)
+    )
 
 
-def _is_optimal(x: Array, matrix: Array, target: Array, tolerance: float) -> bool:
+def _attempts(matrix: Array, target: Array) -> Iterator[tuple[Array | None, float]]:
+    """What may be a solution, and how exact it has to be for the matrix as it is given."""
+    identity, small = np.eye(len(target)), 4 * len(target) * EPS
+    yield _block_pivoting(matrix, target), 2 * small
+    while True:  # ends: with a large diagonal, nothing else counts
+        regular = matrix + small * identity
+        yield _block_pivoting(regular, target), 2 * small
+        yield _lemke(regular, target), 2 * small
+        small *= 4
+
+
+def _is_optimal(matrix: Array, target: Array, x: Array, tolerance: float) -> bool:
     residual = matrix @ x - target
     violation = max(-residual.min(), np.abs(residual[x > 0]).max(initial=0))
     return bool(violation <= tolerance * (x.sum() + target.max()))

@@ -13,15 +13,16 @@ EPS = 2.0**-52
 
 def _cauchy(draw: np.random.Generator, m: int, n: int) -> Array:
     x, y = draw.uniform(0.1, 10, m), draw.uniform(0.1, 10, n)
-    return 1 / (x[:, None] * 10 ** draw.uniform(-1, 1) + y)
+    return np.asarray(1 / (x[:, None] * 10 ** draw.uniform(-1, 1) + y))
 
 
 def _decays(draw: np.random.Generator, m: int, n: int) -> Array:
-    return np.exp(-np.outer(draw.uniform(0.05, 5, m), draw.uniform(0, 5, n)))
+    return np.asarray(np.exp(-np.outer(draw.uniform(0.05, 5, m), draw.uniform(0, 5, n))))
 
 
 def _hilbert(draw: np.random.Generator, m: int, n: int) -> Array:
-    return draw.choice([-1, 1], (m, 1)) / (np.arange(m)[:, None] + np.arange(n) + 1.0)
+    signs = draw.choice([-1.0, 1.0], (m, 1))
+    return np.asarray(signs / (np.arange(m)[:, None] + np.arange(n) + 1.0))
 
 
 def _integers(draw: np.random.Generator, m: int, n: int) -> Array:
@@ -29,7 +30,7 @@ def _integers(draw: np.random.Generator, m: int, n: int) -> Array:
 
 
 def _gaussian(draw: np.random.Generator, m: int, n: int) -> Array:
-    return draw.standard_normal((m, n)) * 10.0 ** draw.integers(-3, 4, (m, 1))
+    return np.asarray(draw.standard_normal((m, n)) * 10.0 ** draw.integers(-3, 4, (m, 1)))
 
 
 FAMILIES: dict[str, Callable[[np.random.Generator, int, int], Array]] = {

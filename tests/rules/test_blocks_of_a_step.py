@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmpareto_optim
 from mmpareto_optim.rules import NAMES, Rounding, coefficients_of_blocks
 from mmpareto_optim.rules.evaluation import of_one, of_pair, of_pairs
-from mmpareto_optim.rules.named import _formulas
+from mmpareto_optim.rules.named import _formulas, _on_the_host
 
 FINE, COARSE = Rounding(2**-52), Rounding(2**-23, 2**-9, 1e-8)
 GRAMS = [
@@ -30,7 +30,7 @@ class Operations(TorchDispatchMode):
     """Names of the operations that do more than show memory in another shape."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(
@@ -48,10 +48,10 @@ def test_few_operations_for_all_pairs_of_gradients(name: str) -> None:
     counts = []
     for blocks in (1, 7):
         grams = [torch.empty(2, 2, device="meta", dtype=torch.float64) for _ in range(blocks)]
-        with Operations() as operations:  # type: ignore[no-untyped-call]
+        with Operations() as operations:
             coefficients_of_blocks(name, grams, 1.5, [FINE] * blocks)
         counts.append(len(operations.names))
-    assert counts[0] == counts[1] <= 33
+    assert counts[0] == counts[1] <= 34  # of which one makes a stack
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,15 +67,18 @@ def test_shapes_where_there_are_no_values(name: str, stretched: bool) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "uniform"])
 def test_one_copy_to_the_host_and_one_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted where blocks are treated as if they lay on another device."""
-    from mmpareto_optim.rules import named
-
     copies = []
     original = Tensor.cpu
-    monkeypatch.setattr(Tensor, "cpu", lambda self: copies.append(1) or original(self))
+
+    def counted(tensor: Tensor) -> Tensor:
+        copies.append(tensor)
+        return original(tensor)
+
+    monkeypatch.setattr(Tensor, "cpu", counted)
     grams = [GRAMS[1], torch.eye(5).double(), GRAMS[5]]
     formulas = [_formulas(name, FINE, True)] * 3
-    with Operations() as operations:  # type: ignore[no-untyped-call]
-        found = named._on_the_host(grams, formulas, 2.0)
+    with Operations() as operations:
+        found = _on_the_host(grams, formulas, 2.0)
     assert len(copies) == 1
     assert not [n for n in operations.names if "_local_scalar_dense" in n or "item" in n]
     expected = coefficients_of_blocks(name, grams, 2.0, [FINE] * 3)

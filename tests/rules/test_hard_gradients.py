@@ -44,14 +44,12 @@ def nearest(rows: Array) -> Array:
 
 
 def assert_min_norm(gram: Array, weights: Array) -> None:
-    """``p . g_i >= ||p||^2``, with equality where the weight is positive, in exact arithmetic."""
+    """One product ``p . g_i`` for all of positive weight, no smaller one; in exact arithmetic."""
     along = products(gram, weights)
-    square = float(weights @ along)
-    allowed = 150 * len(gram) * EPS * norms(gram) * (weights @ norms(gram))
+    allowed = 50 * len(gram) * EPS * norms(gram) * (weights @ norms(gram))
     assert (weights >= 0).all()
     assert weights.sum() == pytest.approx(1, abs=1e-12)
-    assert (along - square >= -allowed).all()
-    assert (weights * (along - square) <= allowed).all()
+    assert (along - allowed)[weights > 0].max() <= (along + allowed).min()
 
 
 @given(cases())
