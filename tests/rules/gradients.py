@@ -21,8 +21,7 @@ def _decays(draw: np.random.Generator, m: int, n: int) -> Array:
 
 
 def _hilbert(draw: np.random.Generator, m: int, n: int) -> Array:
-    signs = draw.choice([-1.0, 1.0], (m, 1))
-    return np.asarray(signs / (np.arange(m)[:, None] + np.arange(n) + 1.0))
+    return np.asarray(1 / (np.arange(m)[:, None] + np.arange(n) + 1.0))
 
 
 def _integers(draw: np.random.Generator, m: int, n: int) -> Array:
@@ -43,12 +42,15 @@ FAMILIES: dict[str, Callable[[np.random.Generator, int, int], Array]] = {
 
 
 def rows_of(family: str, m: int, seed: int) -> Array:
-    """Rows of a family, with their mean or that of the rows taken away or not; none is zero."""
+    """Rows of a family, none of them zero; smooth ones less a part of their means, of any sign."""
     draw = np.random.default_rng(seed)
     rows = FAMILIES[family](draw, m, int(draw.integers(max(m // 2, 2), 3 * m + 2)))
-    centred = draw.integers(3)
-    if family in ("cauchy", "decays", "hilbert") and centred:
-        rows = rows - rows.mean(int(centred) - 1, keepdims=True)
+    if family in ("cauchy", "decays", "hilbert"):
+        if draw.integers(2):
+            rows = rows - draw.choice([1.0, draw.uniform(0.3, 1)]) * rows.mean(0)
+        if draw.integers(3) == 0:
+            rows = rows - rows.mean(1, keepdims=True)
+        rows = rows * np.where(draw.random((m, 1)) < draw.choice([0.0, 0.1, 0.5]), -1, 1)
     if draw.integers(4) == 0:  # a duplicate, and an opposite
         rows[-1] = draw.choice([1, -1]) * rows[0]
     rows[~rows.any(1)] = 1.0
