@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ class Formulas(NamedTuple):
     Attributes:
         of_two: the coefficient of one of two gradients: a function of its length over the other's,
             of the inverse of that, of their cosine, and of what computes with these elementwise:
-            ``torch``, or :class:`Floats` for Python's own numbers.
+            ``torch``, or ``FLOATS`` for Python's own numbers.
         of_many: the coefficients ``(m,)`` of more gradients: a function of their cosines
             ``(m, m)``, with a diagonal of 1, and of their lengths ``(m,)``.
     """
@@ -29,32 +30,15 @@ class Formulas(NamedTuple):
     of_many: Callable[[Array, Array], Array]
 
 
-class Floats:
-    """The functions of ``torch`` that formulas for two gradients use, for single numbers."""
-
-    @staticmethod
-    def sqrt(x: float) -> float:  # noqa: D102
-        return math.sqrt(x) if x >= 0 else math.nan
-
-    @staticmethod
-    def div(x: float, y: float) -> float:  # noqa: D102
-        return x / y if y else math.inf
-
-    @staticmethod
-    def clamp(x: float, min: float = -math.inf, max: float = math.inf) -> float:  # noqa: D102
-        return min if x < min else max if x > max else x
-
-    @staticmethod
-    def masked_fill(x: float, mask: bool, value: float) -> float:  # noqa: D102
-        return value if mask else x
-
-    @staticmethod
-    def add(x: float, y: float, alpha: float) -> float:  # noqa: D102
-        return x + alpha * y
-
-    @staticmethod
-    def addcmul(x: float, y: float, z: float, value: float) -> float:  # noqa: D102
-        return x + value * y * z
+FLOATS = SimpleNamespace(
+    sqrt=lambda x: math.sqrt(x) if x >= 0 else math.nan,
+    div=lambda x, y: x / y if y else math.inf,
+    clamp=lambda x, min=-math.inf, max=math.inf: min if x < min else max if x > max else x,
+    masked_fill=lambda x, mask, value: value if mask else x,
+    add=lambda x, y, alpha: x + alpha * y,
+    addcmul=lambda x, y, z, value: x + value * y * z,
+)
+"""The functions of ``torch`` that formulas for two gradients use, for Python's own numbers."""
 
 
 @torch.no_grad()
@@ -71,11 +55,11 @@ def evaluate(formulas: Formulas, gram: Tensor, gamma: float = 1.0) -> Tensor:
         return of_pairs(gram.to(solver_dtype(gram)), formulas, gamma).to(gram.dtype)
     if gram.is_meta:
         return torch.empty_like(gram[..., 0])
-    matrices = gram.to("cpu", torch.float64).numpy()
+    matrices = gram.cpu().double().numpy()
     found = np.empty(matrices.shape[:-1])
     for index in np.ndindex(found.shape[:-1]):
         found[index] = of_one(matrices[index], formulas, gamma)
-    return torch.from_numpy(found).to(gram.device, gram.dtype)
+    return torch.from_numpy(found).to(gram.dtype).to(gram.device, non_blocking=True)
 
 
 def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
@@ -103,13 +87,13 @@ def of_pair(
     if square <= 0 or other_square <= 0:
         return 1.0, 1.0
     product = math.sqrt(square) * math.sqrt(other_square)
-    ratio, inverse, cosine = square / product, other_square / product, upper / 2 + lower / 2
-    cosine /= product
+    ratio, inverse = square / product, other_square / product
+    cosine = (upper / 2 + lower / 2) / product
     if not math.isfinite(ratio + inverse + cosine):
         return math.nan, math.nan
     return (
-        gamma * formulas.of_two(ratio, inverse, cosine, Floats),
-        gamma * formulas.of_two(inverse, ratio, cosine, Floats),
+        gamma * formulas.of_two(ratio, inverse, cosine, FLOATS),
+        gamma * formulas.of_two(inverse, ratio, cosine, FLOATS),
     )
 
 

@@ -110,7 +110,8 @@ def _on_the_host(
         of_one(matrix.reshape(size, size), formula, gamma)
         for matrix, size, formula in zip(matrices, sizes, formulas, strict=True)
     ]
-    return list(torch.from_numpy(np.concatenate(solved)).to(grams[0].device, dtype).split(sizes))
+    found = torch.from_numpy(np.concatenate(solved)).to(dtype)
+    return list(found.to(grams[0].device, non_blocking=True).split(sizes))
 
 
 def _uniform(gram: Tensor, gamma: float) -> Tensor:

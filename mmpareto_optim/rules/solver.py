@@ -8,10 +8,11 @@ from mmpareto_optim.rules.evaluation import Array
 
 EPS = 2.0**-52
 BLOCK_ITERATIONS = 6
+MAX_ATTEMPTS = 40
 
 
 def max_iterations(size: int) -> int:
-    """How often a variable may enter or leave; gradients that nearly depend need 4 times each."""
+    """How often Lemke's method may go on: ten times what the hardest known gradients take."""
     return 50 * size
 
 
@@ -32,21 +33,23 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     Args:
         matrix: A, symmetric, with a diagonal of order 1, shape ``(m, m)``.
         target: q, shape ``(m,)``.
+
+    Returns:
+        x, shape ``(m,)``; NaN if the matrix or the target is not finite.
     """
     if target.max() <= 0:
         return np.zeros(len(target))
-    return next(
-        x
-        for x, tolerance in _attempts(matrix, target)
-        if x is not None and _is_optimal(matrix, target, x, tolerance)
-    )
+    for x, tolerance in _attempts(matrix, target):
+        if x is not None and _is_optimal(matrix, target, x, tolerance):
+            return x
+    return np.full(len(target), np.nan)
 
 
 def _attempts(matrix: Array, target: Array) -> Iterator[tuple[Array | None, float]]:
     """What may be a solution, and how exact it has to be for the matrix as it is given."""
     identity, small = np.eye(len(target)), 4 * len(target) * EPS
     yield _block_pivoting(matrix, target), 2 * small
-    while True:  # ends: with a large diagonal, nothing else counts
+    for _ in range(MAX_ATTEMPTS):  # more than enough: at last, nothing but the diagonal counts
         regular = matrix + small * identity
         yield _block_pivoting(regular, target), 2 * small
         yield _lemke(regular, target), 2 * small
@@ -97,13 +100,11 @@ def _lemke(matrix: Array, target: Array) -> Array | None:
     free = np.zeros(size, dtype=bool)
     changed = int((target / slope).argmax())
     z = target[changed] / slope[changed]
-    if z <= 0:
-        return np.zeros(size)
     free[changed] = True
+    right = np.stack([-target, slope], axis=1)
     for _ in range(max_iterations(size)):
         indices = np.flatnonzero(free)
         # Both x on the free indices and w on the others, as value + z rate.
-        right = np.stack([-target, slope], axis=1)
         try:
             solved = np.linalg.solve(matrix[np.ix_(indices, indices)], -right[indices])
         except np.linalg.LinAlgError:
