@@ -108,9 +108,12 @@ def _of_many(cosines: Array, lengths: Array, margin: float) -> Array:
     units = lengths / lengths.max()
     for weights in _candidates(cosines, lengths, margin):
         shares = weights * units
-        products = cosines @ shares
-        if (products >= (margin - len(lengths) / 2 * EPS) * shares.sum()).all():
+        products, least = cosines @ shares, margin * shares.sum()
+        if (products >= least - len(lengths) / 2 * EPS * shares.sum()).all():
             break
+        # For any x >= 0, some product of x is below the margin if all of the shares are.
+        if products.max() < least:
+            return np.zeros(len(lengths))
     else:
         return np.zeros(len(lengths))
     sum_square, square = units @ cosines @ units, shares @ products
@@ -122,7 +125,6 @@ def _candidates(cosines: Array, lengths: Array, margin: float) -> Iterator[Array
     """Weights that may have the margin; if the last ones have not, none have."""
     # Beside the margin, room for the solver's own rounding.
     yield weights_of_many(cosines, lengths, margin + 8 * len(lengths) * EPS)
-    yield weights_of_many(cosines, lengths, margin)
     # The min-norm point may be made of gradients so opposite that it drowns in their rounding, and
     # lie where others lead by themselves: x >= 0 of the least sum with C x >= 1, and its dual.
     size = len(lengths)

@@ -12,8 +12,8 @@ MAX_ATTEMPTS = 40
 
 
 def max_iterations(size: int) -> int:
-    """How often Lemke's method may go on: ten times what the hardest known gradients take."""
-    return 50 * size
+    """How often Lemke's method may go on: twice what the hardest known gradients take."""
+    return 10 * size
 
 
 def nonnegative_minimum(matrix: Array, target: Array) -> Array:
@@ -27,8 +27,8 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     ``8 m eps (sum(x) + max(q))``, with ``eps = 2**-52``. Where rounding leads astray, as it does
     among gradients that depend on each other, the diagonal is made larger by ``4 m eps``, which the
     same bound allows for. Where that is not enough, or the matrix is not positive on ``x >= 0``
-    because its entries are rounded, it is made larger by 4 times as much, and so on, and the
-    conditions hold to twice what was added.
+    because its entries are rounded, it is made larger by what makes it positive, then by 4 times
+    as much, and so on, and the conditions hold to twice what was added.
 
     Args:
         matrix: A, symmetric, with a diagonal of order 1, shape ``(m, m)``.
@@ -49,11 +49,13 @@ def _attempts(matrix: Array, target: Array) -> Iterator[tuple[Array | None, floa
     """What may be a solution, and how exact it has to be for the matrix as it is given."""
     identity, small = np.eye(len(target)), 4 * len(target) * EPS
     yield _block_pivoting(matrix, target), 2 * small
+    lowest = 0.0
     for _ in range(MAX_ATTEMPTS):  # more than enough: at last, nothing but the diagonal counts
         regular = matrix + small * identity
         yield _block_pivoting(regular, target), 2 * small
         yield _lemke(regular, target), 2 * small
-        small *= 4
+        lowest = lowest or float(np.linalg.eigvalsh(matrix)[0])
+        small = max(4 * small, -lowest)
 
 
 def _is_optimal(matrix: Array, target: Array, x: Array, tolerance: float) -> bool:
