@@ -41,7 +41,8 @@ def mmpareto_coefficients(
       2**24 times in float32) can come out negative.
 
     The stretch ends at ``2**120``, so that the coefficients are finite in float32 too. The
-    direction is exact for the matrix that is given, as :func:`min_norm_weights` is.
+    direction is exact for the matrix that is given, as :func:`min_norm_weights` is, and has its
+    limits: of gradients longer than 1e154 a float64 Gram matrix is not finite.
 
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, symmetric up to rounding.
