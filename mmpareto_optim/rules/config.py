@@ -1,10 +1,13 @@
 """ConFIG: the direction with equal cosines to all gradients."""
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.gram import of_present, rounding_of
-from mmpareto_optim.rules.solver import unit_products
+from mmpareto_optim.rules.evaluation import Array, Formulas, evaluate
+from mmpareto_optim.rules.solver import EPS
 
 
 def config_coefficients(gram: Tensor) -> Tensor:
@@ -20,9 +23,9 @@ def config_coefficients(gram: Tensor) -> Tensor:
     sign. Where unit gradients cancel, as exactly opposite ones do, the result is zero.
 
     The pseudo-inverse is found from the cosines ``C = U U'``, whose eigenvalues are the squares of
-    the singular values of ``U``. Those below ``m sqrt(eps)`` fade out, for ``eps`` the machine
-    epsilon of ``gram.dtype``: two gradients less than about ``2 eps^(1/4)`` radians apart (2e-4 in
-    float64, 0.04 in float32) begin to count as one.
+    the singular values of ``U``. Those below ``16 m eps`` count as zero, for ``eps`` the machine
+    epsilon of ``gram.dtype``: of three or more gradients, two that are less than about
+    ``6 sqrt(m eps)`` radians apart (2e-7 in float64, 0.004 in float32) count as one.
 
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, symmetric up to rounding.
@@ -35,39 +38,29 @@ def config_coefficients(gram: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as for :func:`min_norm_weights`.
     """
-
-    def rule(products: Tensor, present: Tensor) -> Tensor:
-        cosines, lengths = unit_products(products, present)
-        target = present.to(products.dtype)
-        weights = _least_squares(cosines, target, rounding_of(gram))
-        along = (cosines @ weights.unsqueeze(-1)).squeeze(-1)
-        square = (weights * along).sum(-1, keepdim=True)
-        length = torch.where(present, lengths * along, 0).sum(-1, keepdim=True)
-        # Of unit gradients that cancel, v is rounding error.
-        noise = target.sum(-1, keepdim=True).square() * rounding_of(gram)
-        found = along.square().sum(-1, keepdim=True) > noise
-        return torch.where(found, length / square, 0) * weights / lengths
-
-    return of_present(rule, gram, 1.0)
+    eps = (
+        torch.finfo(gram.dtype).eps if isinstance(gram, Tensor) and gram.is_floating_point() else 0
+    )
+    return evaluate(config_formulas(eps), gram)
 
 
-def _least_squares(matrix: Tensor, target: Tensor, rounding: float) -> Tensor:
-    """``w`` for which ``||A w - t||`` is least, and ``w' A w`` with it.
+def config_formulas(rounding: float) -> Formulas:
+    """The rule for cosines with errors of ``rounding``."""
+    rounding = max(rounding, EPS)
 
-    By iterated Tikhonov regularisation, ``(A^2 + mu) (w' - w) = A (t - A w)``: an eigenvalue
-    decomposition would wait for the device. Three times leave of an eigenvalue's share an error of
-    ``(mu / lambda^2)^3``.
+    def of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any) -> Any:
+        # Along the sum of the unit gradients, half as often as both are long together.
+        return numbers.masked_fill((1 + inverse) / 2, cosine <= 4 * rounding - 1, 0.0)
 
-    Args:
-        matrix: A, symmetric and positive semidefinite, with a diagonal of 1, shape ``(..., m, m)``.
-        target: t, shape ``(..., m)``.
-        rounding: relative error of the entries of ``matrix``.
-    """
-    size = target.shape[-1]
-    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    regular = matrix @ matrix + size**2 * rounding * identity
-    found, target = torch.zeros_like(target).unsqueeze(-1), target.unsqueeze(-1)
-    for _ in range(3):
-        # Solved each time: in an inverse, the part of dependent gradients drowns all others.
-        found = found + torch.linalg.solve_ex(regular, matrix @ (target - matrix @ found))[0]
-    return found.squeeze(-1)
+    def of_many(cosines: Array, lengths: Array) -> Array:
+        size = len(lengths)
+        values, vectors = np.linalg.eigh(cosines)
+        large = values > 16 * size * rounding
+        weights = vectors[:, large] @ (vectors[:, large].sum(0) / values[large])
+        along = cosines @ weights
+        if along @ along <= size**2 * rounding:  # unit gradients cancel: v is rounding error
+            return np.zeros(size)
+        units = lengths / lengths.max()
+        return np.asarray(units @ along / (weights @ along) * weights / units)
+
+    return Formulas(of_two, of_many)

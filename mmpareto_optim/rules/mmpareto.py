@@ -1,19 +1,16 @@
 """MMPareto: the direction of the min-norm point, the length of the sum."""
 
-import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.gram import (
-    check_gamma,
-    check_gram,
-    of_present,
-    rounding_of,
-    squares_of,
-)
-from mmpareto_optim.rules.solver import weights_of_present
+from mmpareto_optim.rules.evaluation import Array, Formulas, evaluate
+from mmpareto_optim.rules.gram import check_gamma, check_gram
+from mmpareto_optim.rules.pareto import weight_of_two, weights_of_many
+from mmpareto_optim.rules.solver import EPS, nonnegative_minimum
 
 LONGEST_STRETCH = 2.0**120
 """Coefficients stay finite in float32, where the gradients' lengths differ by more than that."""
@@ -43,7 +40,9 @@ def mmpareto_coefficients(
       with a gradient that is ``1 / written`` times shorter than the others (256 times in bfloat16,
       2**24 times in float32) can come out negative.
 
-    The stretch ends at ``2**120``, so that the coefficients are finite in float32 too.
+    The stretch ends at ``2**120``, so that the coefficients are finite in float32 too. The
+    direction is exact for the matrix that is given, as :func:`min_norm_weights` is, and has its
+    limits: of gradients longer than 1e154 a float64 Gram matrix is not finite.
 
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, symmetric up to rounding.
@@ -66,92 +65,90 @@ def mmpareto_coefficients(
     check_gram(gram)
     check_gamma(gamma)
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
-
-    def rule(products: Tensor, present: Tensor) -> Tensor:
-        count = present.to(products.dtype).sum(-1, keepdim=True)
-        error = count * eps + written
-        common = _common(products, present, error, rounding_of(gram))
-        return torch.where((products < 0).flatten(-2).any(-1, keepdim=True), common, 1.0)
-
-    return of_present(rule, gram, gamma)
+    return evaluate(mmpareto_formulas(eps, written), gram, gamma)
 
 
-def unstretched_coefficients(gram: Tensor, gamma: float) -> Tensor:
-    """Coefficients before a stretch that is made tensor by tensor (``rescale="tensor"``).
+def mmpareto_formulas(eps: float, rounding: float) -> Formulas:
+    """The rule for cosines that are taken smaller by ``m * eps + rounding``."""
 
-    The authors' code keeps uniform weights where cos > 0 and takes the min-norm weights
-    otherwise, orthogonal gradients included; :func:`mmpareto_coefficients` follows the
-    paper and keeps the sum for orthogonal gradients.
+    def of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any) -> Any:
+        return _of_two(ratio, inverse, cosine, numbers, 2 * eps + rounding)
+
+    def of_many(cosines: Array, lengths: Array) -> Array:
+        return _of_many(cosines, lengths, len(lengths) * eps + rounding)
+
+    return Formulas(of_two, of_many)
+
+
+def _of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any, margin: float) -> Any:
+    """In closed form, with nothing in it that cancels but ``1 + cosine``.
+
+    With lengths in units of the root of their product, the squares are ``ratio`` and ``inverse``
+    and the inner product is ``c``, the cosine. The pessimistic weights are ``a_i = (1 - margin)
+    s_j + margin - c``, with the square ``s_j`` of the other; ``h = sum_i a_i g_i`` has a square of
+    ``(1 - c) (room sum_i a_i + margin (1 - c) (s_1 + s_2 + 2))``, where
+    ``room = 1 + c - 2 margin`` is negative where no direction has that margin.
     """
-
-    def rule(products: Tensor, present: Tensor) -> Tensor:
-        opposed = (products <= 0) & present.unsqueeze(-1) & present.unsqueeze(-2)
-        weights = weights_of_present(products, present, rounding_of(gram))
-        common = weights * present.sum(-1, keepdim=True)
-        return torch.where(opposed.flatten(-2).any(-1, keepdim=True), common, 1.0)
-
-    return of_present(rule, gram, gamma)
-
-
-def _common(products: Tensor, present: Tensor, error: Tensor, rounding: float) -> Tensor:
-    """Coefficients of the common direction, over gamma; ``error`` has shape ``(..., 1)``."""
-    if products.shape[-1] > 2:
-        return _common_of_many(products, present, error, rounding)
-    first, cross, _, second = products.flatten(-2).unbind(-1)
-    tiny = torch.finfo(products.dtype).tiny
-    return torch.stack(
-        coefficients_of_two(first, cross, second, error.squeeze(-1), tiny, torch), dim=-1
-    )
+    squares = ratio + inverse
+    shift, distance = margin - cosine, 1 - cosine
+    weight = numbers.add(shift, inverse, alpha=1 - margin)
+    total = numbers.add((1 - margin) * squares, shift, alpha=2)
+    room = cosine + (1 - 2 * margin)
+    square = distance * numbers.addcmul(room * total, distance, squares + 2, value=margin)
+    sum_square = numbers.add(squares, cosine, alpha=2)
+    scale = numbers.sqrt(numbers.div(sum_square, square))
+    scale = numbers.div(numbers.clamp(scale * total, max=LONGEST_STRETCH), total)
+    found = numbers.masked_fill(scale * weight, room < 0, 0.0)
+    return numbers.masked_fill(found, cosine >= 0, 1.0)
 
 
-def coefficients_of_two(
-    first: Any, cross: Any, second: Any, error: Any, tiny: float, numbers: Any
-) -> tuple[Any, Any]:
-    """Coefficients for two gradients in conflict over gamma, in closed form.
-
-    Args:
-        first: square of the one gradient, a number for each Gram matrix.
-        cross: their inner products.
-        second: squares of the other.
-        error: by how much smaller than it is each cosine is taken.
-        tiny: the smallest normal number of their type.
-        numbers: ``torch``, or what has its functions for single numbers.
-    """
-    bound = numbers.sqrt(first) * numbers.sqrt(second)
-    # The projection of the origin on the segment between the two, each cosine less the error.
-    # It falls between the ends, and has no positive product with them just where the two are
-    # closer to opposite than the error.
-    opposed = error * bound - cross
-    share = opposed + (1 - error) * second
-    other_share = opposed + (1 - error) * first
-    total = share + other_share
-    alpha, beta = share / total, other_share / total
-    lost = cross + (1 - 2 * error) * bound < 0
-
-    square = alpha * (alpha * first + beta * cross) + beta * (alpha * cross + beta * second)
-    sum_square = numbers.clip(first + second + 2 * cross, 0, math.inf)
-    ratio = numbers.sqrt(sum_square / numbers.clip(square, tiny, math.inf))
-    scale = numbers.where(lost, 0.0, numbers.clip(ratio, 2, LONGEST_STRETCH))
-    return scale * alpha, scale * beta
+def _of_many(cosines: Array, lengths: Array, margin: float) -> Array:
+    """The min-norm direction, at least as long as the sum of the gradients."""
+    if cosines.min() >= 0:
+        return np.ones(len(lengths))
+    units = lengths / lengths.max()
+    for weights in _candidates(cosines, lengths, margin):
+        shares = weights * units
+        products, least = cosines @ shares, margin * shares.sum()
+        if (products >= least - len(lengths) / 2 * EPS * shares.sum()).all():
+            break
+        # For any x >= 0, some product of x is below the margin if all of the shares are.
+        if products.max() < least:
+            return np.zeros(len(lengths))
+    else:
+        return np.zeros(len(lengths))
+    sum_square, square = units @ cosines @ units, shares @ products
+    stretch = np.sqrt(sum_square / square) if sum_square > square else 1.0
+    return np.asarray(weights * min(stretch, LONGEST_STRETCH))
 
 
-def _common_of_many(products: Tensor, present: Tensor, error: Tensor, rounding: float) -> Tensor:
-    """Coefficients of the min-norm direction, at least as long as the sum of the gradients."""
-    lengths = squares_of(products).clamp(min=0).sqrt()
-    bound = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    # Every cosine less the rounding error of h . g_i: what holds for these holds for h as
-    # it will be computed. The weights are found with room for the solver's own rounding.
-    pessimistic = products - error.unsqueeze(-1) * bound
-    room = 3 * lengths.shape[-1] * rounding
-    alpha = weights_of_present(pessimistic - room * bound, present, rounding)
-    # Sums of numbers far larger than they are, where lengths differ much: rounded themselves.
-    tolerance = torch.finfo(products.dtype).eps * lengths * (alpha * lengths).sum(-1, keepdim=True)
-    scale = present.sum(-1, keepdim=True)
-    against = (pessimistic @ alpha.unsqueeze(-1)).squeeze(-1) < -scale / 2 * tolerance
-    lost = against.any(-1, keepdim=True)
+def _candidates(cosines: Array, lengths: Array, margin: float) -> Iterator[Array]:
+    """Weights that may have the margin; if the last ones have not, none have."""
+    # Beside the margin, room for the solver's own rounding.
+    yield weights_of_many(cosines, lengths, margin + 8 * len(lengths) * EPS)
+    # The min-norm point may be made of gradients so opposite that it drowns in their rounding, and
+    # lie where others lead by themselves: x >= 0 of the least sum with C x >= 1, and its dual.
+    size = len(lengths)
+    zero, one = np.zeros((size, size)), np.ones(size)
+    program = np.block([[zero, -cosines], [cosines, zero]])
+    weights = nonnegative_minimum(program, np.append(-one, one))[:size] / lengths
+    # It is as long as it is stretched to be.
+    yield np.asarray(weights / weights.sum() * EPS)
 
-    square = (alpha.unsqueeze(-2) @ products @ alpha.unsqueeze(-1)).squeeze(-1)
-    length = scale * square.clamp(min=0).sqrt()
-    sum_length = products.sum((-2, -1)).clamp(min=0).sqrt().unsqueeze(-1)
-    stretch = (sum_length / length).clamp(1, LONGEST_STRETCH).nan_to_num(nan=1.0)
-    return torch.where(lost, 0.0, scale * alpha * stretch)
+
+def _unstretched_of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any) -> Any:
+    weight = weight_of_two(ratio, inverse, cosine, numbers)
+    return numbers.masked_fill(weight, cosine > 0, 1.0)
+
+
+def _unstretched_of_many(cosines: Array, lengths: Array) -> Array:
+    return np.ones(len(lengths)) if cosines.min() > 0 else weights_of_many(cosines, lengths)
+
+
+UNSTRETCHED = Formulas(_unstretched_of_two, _unstretched_of_many)
+"""MMPareto before a stretch that is made tensor by tensor (``rescale="tensor"``).
+
+The authors' code keeps uniform weights where cos > 0 and takes the min-norm weights otherwise,
+orthogonal gradients included; :func:`mmpareto_coefficients` follows the paper and keeps the sum for
+orthogonal gradients.
+"""

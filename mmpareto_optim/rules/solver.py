@@ -1,188 +1,131 @@
-"""Two quadratic problems in non-negative numbers: the min-norm point, and cones.
+"""Quadratic problems in non-negative numbers: the one solver behind all rules."""
 
-Both are ``min x' A x / 2 - q' x`` subject to ``x >= 0``, for which :func:`nonnegative_minimum` is
-the one solver.
-"""
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from mmpareto_optim.rules.gram import (
-    check_gram,
-    is_present,
-    rounding_of,
-    squares_of,
-    symmetric,
-)
+from mmpareto_optim.rules.evaluation import Array
+
+EPS = 2.0**-52
+BLOCK_ITERATIONS = 6
+MAX_ATTEMPTS = 40
 
 
-@torch.no_grad()
-def min_norm_weights(gram: Tensor) -> Tensor:
-    """Simplex weights of the shortest vector in the convex hull of the gradients.
-
-    Solves ``min ||sum_i alpha_i g_i||`` subject to ``alpha_i >= 0`` and
-    ``sum_i alpha_i = 1``. The minimiser ``p`` satisfies ``p . g_i >= ||p||^2``
-    for every ``i``, so ``-p`` is a descent direction common to all objectives, and
-    ``p = 0`` exactly at a Pareto-stationary point (Désidéri 2012; Sener & Koltun
-    2018, Section 3.2). Two gradients have a closed form; more are solved by an
-    active-set method that ends at the exact minimiser. No step waits for the device.
-
-    The minimiser is exact for the matrix that is given. One in float32 has rounded the cosines by
-    about 1e-7 already, which near-opposite gradients turn into 3e-4 of their length: the root.
-
-    Args:
-        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, any real
-            floating dtype, any device, symmetric up to rounding. Batched over the leading
-            dimensions.
-
-    Returns:
-        Weights of shape ``(..., m)`` on the Gram matrix's device and in its dtype.
-        Where the minimiser is not unique (equal gradients, linearly dependent ones),
-        one of the minimisers; several zero gradients share the weight. NaN where the Gram
-        matrix is not finite.
-
-    Raises:
-        ValueError: ``gram`` is not a stack of square matrices with ``m >= 1``.
-        TypeError: ``gram`` is not a real floating-point tensor.
-    """
-    check_gram(gram)
-    products = symmetric(gram)
-    present = is_present(products)
-    weights = weights_of_present(products, present, rounding_of(gram))
-    # A zero gradient is itself the min-norm point.
-    zeros = (~present).to(products.dtype)
-    count = zeros.sum(-1, keepdim=True)
-    weights = torch.where(count > 0, zeros / count, weights)
-    finite = products.isfinite().flatten(-2).all(-1, keepdim=True)
-    return torch.where(finite, weights, torch.nan).to(gram.dtype)
+def max_iterations(size: int) -> int:
+    """How often Lemke's method may go on: twice what the hardest known gradients take."""
+    return 10 * size
 
 
-def weights_of_present(products: Tensor, present: Tensor, rounding: float) -> Tensor:
-    """Min-norm weights of the gradients that are present; of less than two, anything.
+def nonnegative_minimum(matrix: Array, target: Array) -> Array:
+    """The ``x >= 0`` with ``A x >= q`` and ``x' (A x - q) = 0``.
+
+    For a positive semidefinite ``A`` that is the minimiser of ``x' A x / 2 - q' x`` subject to
+    ``x >= 0``, one of them where there are several. For another matrix that is positive on
+    ``x >= 0`` it is a point where the conditions for a minimum hold.
+
+    Exact for the matrix as it is given, up to rounding: the conditions hold to
+    ``8 m eps (sum(x) + max(q))``, with ``eps = 2**-52``. Where rounding leads astray, as it does
+    among gradients that depend on each other, the diagonal is made larger by ``4 m eps``, which the
+    same bound allows for. Where that is not enough, or the matrix is not positive on ``x >= 0``
+    because its entries are rounded, it is made larger by what makes it positive, then by 4 times
+    as much, and so on, and the conditions hold to twice what was added.
 
     Args:
-        products: symmetric Gram matrices in the solver's dtype, shape ``(..., m, m)``.
-        present: which gradients to take, shape ``(..., m)``.
-        rounding: relative error of the products.
-    """
-    if products.shape[-1] == 2:
-        return _of_two(products)
-    return _of_many(products, present, rounding)
-
-
-def unit_products(products: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines between the gradients present, and their lengths.
+        matrix: A, symmetric, with a diagonal of order 1, shape ``(m, m)``.
+        target: q, shape ``(m,)``.
 
     Returns:
-        Cosines ``(..., m, m)``, 1 on the diagonal and 0 beside what is absent, and lengths
-        ``(..., m)``, 1 for what is absent.
+        x, shape ``(m,)``; NaN if the matrix or the target is not finite.
     """
-    lengths = torch.where(present, squares_of(products).clamp(min=0), 1).sqrt()
-    # One division after the other: the product of two lengths could overflow or vanish.
-    cosines = (products / lengths.unsqueeze(-1) / lengths.unsqueeze(-2)).clamp(-1, 1)
-    both = present.unsqueeze(-1) & present.unsqueeze(-2)
-    identity = torch.eye(products.shape[-1], dtype=torch.bool, device=products.device)
-    return torch.where(identity, 1, torch.where(both, cosines, 0)), lengths
+    if target.max() <= 0:
+        return np.zeros(len(target))
+    for x, tolerance in _attempts(matrix, target):
+        if x is not None and _is_optimal(matrix, target, x, tolerance):
+            return x
+    return np.full(len(target), np.nan)
 
 
-def _of_two(products: Tensor) -> Tensor:
-    """Closed form: the projection of the origin on a segment, clipped to its ends."""
-    unit = squares_of(products).amax(-1, keepdim=True)
-    scaled = products / torch.where(unit > 0, unit, 1).unsqueeze(-1)
-    first, cross, second = scaled[..., 0, 0], scaled[..., 0, 1], scaled[..., 1, 1]
-    # Each weight has its own numerator: 1 - alpha would lose a tiny alpha.
-    numerators = torch.stack([second - cross, first - cross], dim=-1)
-    squared_distance = numerators.sum(-1, keepdim=True)
-    weights = (numerators / squared_distance).clamp(0, 1)
-    return torch.where(squared_distance > 0, weights, 0.5)
+def _attempts(matrix: Array, target: Array) -> Iterator[tuple[Array | None, float]]:
+    """What may be a solution, and how exact it has to be for the matrix as it is given."""
+    identity, small = np.eye(len(target)), 4 * len(target) * EPS
+    yield _block_pivoting(matrix, target), 2 * small
+    lowest = 0.0
+    for _ in range(MAX_ATTEMPTS):  # more than enough: at last, nothing but the diagonal counts
+        regular = matrix + small * identity
+        yield _block_pivoting(regular, target), 2 * small
+        yield _lemke(regular, target), 2 * small
+        lowest = lowest or float(np.linalg.eigvalsh(matrix)[0])
+        small = max(4 * small, -lowest)
 
 
-def _of_many(products: Tensor, present: Tensor, rounding: float) -> Tensor:
-    """The min-norm point as a problem without the equation ``sum_i alpha_i = 1``.
+def _is_optimal(matrix: Array, target: Array, x: Array, tolerance: float) -> bool:
+    residual = matrix @ x - target
+    violation = max(-residual.min(), np.abs(residual[x > 0]).max(initial=0))
+    return bool(violation <= tolerance * (x.sum() + target.max()))
 
-    With ``x_i`` proportional to ``alpha_i ||g_i||``, with the cosines C and with ``b_i``
-    proportional to ``1 / ||g_i||``, the weights are those of the minimiser of
-    ``x' C x + (b . x - 1)^2``, up to their sum: along a ray of fixed weights only the length of
-    ``x`` is left to choose, and the best value grows with the norm of the point. The conditioning
-    depends on the angles alone, not on the lengths.
+
+def _block_pivoting(matrix: Array, target: Array) -> Array | None:
+    """All indices that violate a condition change at once, which mostly ends after a few times.
+
+    Kostreva (1978); Portugal, Júdice & Vicente (1994). It may also go round in circles.
     """
-    cosines, lengths = unit_products(products, present)
-    shortest = torch.where(present, lengths, torch.inf).amin(-1, keepdim=True)
-    inverse = torch.where(present, shortest / lengths, 0)
-    matrix = cosines + inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    weights = nonnegative_minimum(matrix, inverse, rounding) * inverse
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def nonnegative_minimum(matrix: Tensor, target: Tensor, rounding: float) -> Tensor:
-    """``argmin x' A x / 2 - q' x`` subject to ``x >= 0``: an active-set method for batches.
-
-    After Lawson & Hanson (1974, Chapter 23), but all variables that lower the value enter
-    together, and one at a time only after that was in vain. Each trip solves one system on the
-    variables that are free and goes towards its solution as far as nothing turns negative. From a
-    minimum on the free variables to the next the value falls, so none returns.
-
-    Args:
-        matrix: A, symmetric, positive semidefinite up to ``rounding``, with a diagonal of order 1,
-            shape ``(..., m, m)``.
-        target: q, shape ``(..., m)``; 0 for a variable that is to stay 0.
-        rounding: relative error of the entries of ``matrix``.
-
-    Returns:
-        The minimiser, shape ``(..., m)``; one of them where there are several.
-    """
-    size = target.shape[-1]
-    # Makes systems of linearly dependent gradients regular; a change within the rounding.
-    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    regular = matrix + 2 * size * rounding * identity
-    x = torch.zeros_like(target)
     free = target > 0
-    settled_on, alone = torch.zeros_like(free), torch.zeros_like(free[..., :1])
-    # On the CPU the loop ends when all problems are solved; elsewhere to ask would be to wait for
-    # the device, and the trips left over change nothing.
-    for _ in range(trips(size)):
-        goal = _minimiser_on(regular, target, free)
-        blocking = free & ~(goal > 0)
-        room = torch.where(blocking & (x > 0), x / (x - goal), torch.where(blocking, 0.0, 1.0))
-        step = room.amin(-1, keepdim=True)
-        dropped = blocking & (room <= step)
-        settled = ~blocking.any(-1, keepdim=True)
-        x = torch.where(settled, goal, x + step * (goal - x))
-        x = torch.where(free & ~dropped, x, 0).clamp(min=0)
-
-        gain = target - (matrix @ x.unsqueeze(-1)).squeeze(-1)
-        noise = size * rounding * x.sum(-1, keepdim=True)
-        gaining = ~free & (gain > noise)
-        in_vain = settled & (free == settled_on).all(-1, keepdim=True)
-        entering = torch.where(in_vain, gaining & _is_largest(gain, gaining), gaining)
-        entering = entering & settled & ~(in_vain & alone)
-        settled_on = torch.where(settled, free, settled_on)
-        alone = torch.where(settled, in_vain, alone)
-        free = torch.where(settled, free | entering, free & ~dropped)
-        if matrix.device.type == "cpu" and bool((settled & ~entering.any(-1, keepdim=True)).all()):
-            break
-    return x
+    for _ in range(BLOCK_ITERATIONS):
+        x = np.zeros(len(target))
+        indices = np.flatnonzero(free)
+        try:
+            x[indices] = np.linalg.solve(matrix[np.ix_(indices, indices)], target[indices])
+        except np.linalg.LinAlgError:
+            return None
+        violated = np.where(free, x < 0, matrix @ x < target)
+        if not violated.any():
+            return x
+        free ^= violated
+    return None
 
 
-def trips(size: int) -> int:
-    """How many systems are solved at most.
+def _lemke(matrix: Array, target: Array) -> Array | None:
+    """Lemke's method (1965; Cottle, Pang & Stone 1992, Algorithm 4.4.5), with a solve a step.
 
-    About twice what the hardest of 500 000 random problems needed, degenerate ones among them.
+    Follows ``x(z) >= 0``, with ``w(z) = A x - q + z d >= 0`` and no ``i`` where both are positive,
+    from a ``z`` so large that ``x = 0`` down to ``z = 0``. On the way one index after the other
+    becomes free (``w_i`` is zero and ``x_i`` may be positive) or ceases to be. No set of free
+    indices comes twice, as long as no two of them change at the same ``z``, for which the entries
+    of ``d`` have no common measure. So the path ends: at ``z = 0`` or, if ``A`` is not
+    positive on ``x >= 0``, nowhere.
+
+    Returns:
+        ``x(0)``, shape ``(m,)``; None if the path does not come to ``z = 0``.
     """
-    return 2 * size + 4
-
-
-def _minimiser_on(matrix: Tensor, target: Tensor, free: Tensor) -> Tensor:
-    """Solve ``A x = q`` for the free variables, 0 for all others."""
-    both = free.unsqueeze(-1) & free.unsqueeze(-2)
-    identity = torch.eye(target.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    found: Tensor = torch.linalg.solve_ex(
-        torch.where(both, matrix, identity), torch.where(free, target, 0)
-    )[0]
-    return found.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _is_largest(values: Tensor, among: Tensor) -> Tensor:
-    """Mark the largest value among some, shape ``(..., m)``."""
-    place = torch.where(among, values, -torch.inf).argmax(-1, keepdim=True)
-    return torch.zeros_like(among).scatter(-1, place, True)
+    size = len(target)
+    slope = 1 + np.modf(np.arange(size) * 0.6180339887498949)[0]
+    free = np.zeros(size, dtype=bool)
+    changed = int((target / slope).argmax())
+    z = target[changed] / slope[changed]
+    free[changed] = True
+    right = np.stack([-target, slope], axis=1)
+    for _ in range(max_iterations(size)):
+        indices = np.flatnonzero(free)
+        # Both x on the free indices and w on the others, as value + z rate.
+        try:
+            solved = np.linalg.solve(matrix[np.ix_(indices, indices)], -right[indices])
+        except np.linalg.LinAlgError:
+            return None
+        found = right + matrix[:, indices] @ solved
+        found[indices] = solved
+        value, rate = found.T
+        # What has just changed is zero, and has to grow.
+        direction = -1.0 if rate[changed] < 0 else 1.0
+        falling = direction * rate < 0
+        falling[changed] = False
+        steps = np.full(size, np.inf)
+        steps[falling] = np.maximum(value + z * rate, 0)[falling] / np.abs(rate[falling])
+        blocking = int(steps.argmin())
+        if direction < 0 and z <= steps[blocking]:
+            return np.where(free, np.maximum(value, 0), 0)
+        if steps[blocking] == np.inf:
+            return None
+        z += direction * steps[blocking]
+        free[blocking] = not free[blocking]
+        changed = blocking
+    return None
