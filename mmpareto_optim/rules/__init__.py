@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
 from mmpareto_optim.rules.config import config_coefficients
-from mmpareto_optim.rules.gram import applied_gamma, check_gamma, check_gram, solver_dtype
+from mmpareto_optim.rules.evaluation import applied_gamma, check_gamma, check_gram, solver_dtype
 from mmpareto_optim.rules.mmpareto import mmpareto_coefficients
 from mmpareto_optim.rules.named import NAMES, Rounding, coefficients_of_blocks, default_gamma
 from mmpareto_optim.rules.pareto import min_norm_weights, pareto_coefficients

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.evaluation import Array, Formulas, evaluate
-from mmpareto_optim.rules.gram import check_gamma, check_gram
+from mmpareto_optim.rules.evaluation import Array, Formulas, check_gamma, check_gram, evaluate
 from mmpareto_optim.rules.pareto import weight_of_two, weights_of_many
 from mmpareto_optim.rules.solver import EPS, nonnegative_minimum
 

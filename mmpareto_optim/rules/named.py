@@ -10,8 +10,13 @@ from torch import Tensor
 
 from mmpareto_optim.rules.cone import DUALPROJ, UPGRAD
 from mmpareto_optim.rules.config import config_formulas
-from mmpareto_optim.rules.evaluation import Formulas, of_one, of_pairs
-from mmpareto_optim.rules.gram import applied_gamma, check_gram, solver_dtype
+from mmpareto_optim.rules.evaluation import (
+    Formulas,
+    applied_gamma,
+    of_one,
+    of_pairs,
+    solver_dtype,
+)
 from mmpareto_optim.rules.mmpareto import UNSTRETCHED, mmpareto_formulas
 from mmpareto_optim.rules.pareto import PARETO
 
@@ -70,8 +75,6 @@ def coefficients_of_blocks(
     """
     if name not in NAMES:
         raise ValueError(f"integration must be one of {', '.join(NAMES)}, got {name!r}")
-    for gram in grams:
-        check_gram(gram)
     if name == "uniform":
         return [_uniform(gram, gamma) for gram in grams]
     found: dict[int, Tensor] = {}

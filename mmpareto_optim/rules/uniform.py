@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.gram import check_gram
+from mmpareto_optim.rules.evaluation import check_gram
 
 
 def uniform_coefficients(gram: Tensor) -> Tensor:
