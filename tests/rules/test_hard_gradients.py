@@ -18,7 +18,7 @@ from mmpareto_optim import (
 )
 from mmpareto_optim.rules.solver import nonnegative_minimum
 from tests.rules.gradients import EPS, FAMILIES, Array, cases, gram_of, products, rows_of
-from tests.test_laws import exact_min_norm_point
+from tests.integrator.test_laws import exact_min_norm_point
 
 Case = tuple[str, int, int]
 nnls = pytest.importorskip("scipy.optimize", reason="no independent solver").nnls
