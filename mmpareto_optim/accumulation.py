@@ -35,58 +35,50 @@ class GradAccumulator:
     """
 
     def __init__(
-        self,
-        params: Sequence[Tensor],
-        rows: Mapping[str, Row],
-        plain: Row | None,
-        foreign: Gradient,
+        self, params: Sequence[Tensor], rows: dict[str, Row], plain: Row | None, foreign: Gradient
     ) -> None:
         self.params = params
-        self.rows = dict(rows)
+        self.rows = rows
         self.plain = plain
         self.foreign = foreign
         self._written: dict[int, _Written] = {}
 
     def extend(self, earlier: "GradAccumulator", processes: Processes) -> None:
         """Add what has accumulated before, as far as its ``.grad`` is untouched."""
-        new_places = {param: position for position, param in enumerate(self.params)}
-        kept = {
-            old: new_places[param]
-            for old, param in enumerate(earlier.params)
-            if param in new_places and earlier._seems_untouched(old)
-        }
-        if not kept:
+        places = {param: position for position, param in enumerate(self.params)}
+        olds = [old for old, param in enumerate(earlier.params) if param in places]
+        olds = [old for old in olds if earlier._seems_untouched(old)]
+        if not olds:
             return
-        untouched = processes.all_of(earlier._untouched(list(kept), processes))
-        kept = {old: kept[old] for old, same in zip(list(kept), untouched, strict=True) if same}
+        untouched = processes.all_of(earlier._untouched(olds, processes))
+        kept = {
+            old: places[earlier.params[old]]
+            for old, same in zip(olds, untouched, strict=True)
+            if same
+        }
         for old, new in kept.items():
             self.foreign[new] = earlier.foreign[old]
         for name, row in earlier.rows.items():
-            self.rows[name] = self._with(self.rows.get(name), row, kept)
+            self.rows[name] = self._sum(self.rows.get(name), row, kept)
         if earlier.plain is not None:
-            self.plain = self._with(self.plain, earlier.plain, kept)
+            self.plain = self._sum(self.plain, earlier.plain, kept)
 
-    def _with(self, new: Row | None, old: Row, kept: Mapping[int, int]) -> Row:
+    def _sum(self, new: Row | None, old: Row, kept: Mapping[int, int]) -> Row:
         if new is not None and new.layout is old.layout and len(kept) == len(self.params):
             for total, segment in zip(new.segments, old.segments, strict=True):
                 total.add_(segment)
             return new
-        pieces = old.pieces(len(self.params), kept)
+        pieces = old.pieces(kept, len(self.params))
         if new is not None:
             return sum_of_rows(new, pieces)
-        given = tuple(piece is not None for piece in pieces)
-        return layout_of(tuple(old.layout.forms), given).row_of(pieces)
+        forms = next(iter(self.rows.values())).layout.forms
+        return layout_of(forms, tuple(piece is not None for piece in pieces)).row_of(pieces)
 
     def write(self, gradients: dict[int, Tensor], processes: Processes, *, keep: bool) -> None:
         """Make each gradient, and what is foreign, the ``.grad`` of the parameter at its position.
 
         All or none: sums come before the first write, and what was written is taken back if one
-        fails.
-
-        Args:
-            gradients: by position.
-            processes: those that share the parameters.
-            keep: whether an edit has to be told later.
+        fails. With ``keep`` an edit is told later.
         """
         before = {position: self.params[position].grad for position in gradients}
         totals = {position: self._with_foreign(position, g) for position, g in gradients.items()}
@@ -111,11 +103,10 @@ class GradAccumulator:
 
     def _seems_untouched(self, position: int) -> bool:
         """As far as the object and its version counter tell."""
-        written = self._written.get(position)
-        if written is None:
+        written, gradient = self._written.get(position), self.params[position].grad
+        if written is None or gradient is not written.gradient:
             return False
-        gradient, version, _ = written
-        return self.params[position].grad is gradient and gradient._version == version
+        return gradient._version == written.version
 
     def _untouched(self, positions: Sequence[int], processes: Processes) -> list[bool]:
         """Whether ``.grad`` is what was written, whatever its version counter says.
@@ -123,35 +114,29 @@ class GradAccumulator:
         An edit through ``.data`` or NumPy is seen by its result alone. On a device this waits.
         """
         written = [self._written[position] for position in positions]
-        if any(each.fingerprint.is_meta for each in written):
+        now = [fingerprint(processes.local(each.gradient)) for each in written]
+        if now[0].is_meta:
             return [True] * len(positions)
-        same = [
-            (fingerprint(processes.local(gradient)) == before).to(written[0].fingerprint.device)
-            for gradient, _, before in written
-        ]
-        return torch.stack(same).tolist()
+        same = [one == each.fingerprint for one, each in zip(now, written, strict=True)]
+        return torch.stack([each.to(same[0].device) for each in same]).tolist()
+
+
+CHUNK = 2**18
+MULTIPLIER = 6364136223846793005
+"""Odd and large, as of a linear congruential generator (Knuth 1997, Section 3.3.4)."""
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """A number that tells a tensor's bits and their order, a scalar of int64."""
-    bits = _bits(tensor)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(_CHUNK):
-        weights = _weights(bits.device)[: len(piece)]
-        total = total * _MULTIPLIER + (piece * weights).sum()
-    return total
-
-
-_CHUNK = 2**18
-_MULTIPLIER = 6364136223846793005
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return real.view(_INTEGERS[real.element_size()]).reshape(-1)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = real.view(integers[real.element_size()]).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in bits.split(CHUNK):
+        total = total * MULTIPLIER + (piece * _weights(bits.device)[: len(piece)]).sum()
+    return total
 
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    return torch.arange(1, _CHUNK + 1, dtype=torch.int64, device=device)
+    return torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device)

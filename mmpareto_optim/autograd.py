@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpareto_optim.graph import leaves_beside
 from mmpareto_optim.messages import raise_explained, warn_of_unheld
-from mmpareto_optim.rows import LONG, Form, Row, forms_of, layout_of
+from mmpareto_optim.rows import LONG, Form, Row, flatten, forms_of
 from mmpareto_optim.types import Constants, Describe, Gradient, Losses
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def averaged_row(
 ) -> Row:
     """A gradient as a row, whose average over the processes begins."""
     given = processes.given_by_all(name, tuple(piece is not None for piece in gradient))
-    row = layout_of(forms, given).flatten(gradient, kept)
+    row = flatten(forms, gradient, given, kept)
     processes.average(row)
     return row
 

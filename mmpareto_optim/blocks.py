@@ -44,19 +44,25 @@ class Block:
         return len(self.objectives) > 1 and not self.summed
 
 
-@lru_cache(maxsize=64)
-def blocks_by_reach(reached: Reached, sizes: tuple[int, ...]) -> tuple[Block, ...]:
-    """One block for each set of losses, of the parameters that just these losses reach.
-
-    A block that is too small for a direction of its own joins a large one.
-
-    Args:
-        reached: by parameter, the losses that reach it.
-        sizes: by parameter, how many numbers it has.
+def blocks_of(
+    reached: Reached,
+    params: Sequence[Tensor],
+    modalities: Modalities | None,
+    rows: Mapping[str, Row],
+) -> tuple[Block, ...]:
+    """The blocks: those chosen by hand, or else found.
 
     Raises:
         ValueError: ``+`` in the names of losses gives two of the blocks one name.
     """
+    if modalities is not None:
+        return _by_modality(reached, params, modalities, rows)
+    return _by_reach(reached, tuple(param.numel() for param in params))
+
+
+@lru_cache(maxsize=64)
+def _by_reach(reached: Reached, sizes: tuple[int, ...]) -> tuple[Block, ...]:
+    """One block for each set of losses, of the parameters that just these losses reach."""
     blocks = [
         Block("+".join(map(str, names)), names, positions)
         for names, positions in _by_objectives(reached, range(len(reached)))
@@ -105,7 +111,7 @@ def _takes_in(large: Block, small: Block, numbers: int, fewer: int) -> bool:
     return too_few or numbers >= OUTNUMBERED * fewer
 
 
-def blocks_by_modality(
+def _by_modality(
     reached: Reached,
     params: Sequence[Tensor],
     modalities: Modalities,

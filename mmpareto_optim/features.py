@@ -5,7 +5,7 @@ gradients at a shared representation (MGDA-UB): the encoders are then passed thr
 with the integrated gradient, and not once a loss.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -21,26 +21,36 @@ from mmpareto_optim.autograd import (
     by_autograd,
     local_forms,
 )
+from mmpareto_optim.blocks import Block, Reach
 from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
-from mmpareto_optim.messages import raise_explained, warn, warn_of_unheld
-from mmpareto_optim.rows import Row, forms_of, layout_of
+from mmpareto_optim.integration import Integrated, Integration
+from mmpareto_optim.messages import Seen, raise_explained, warn, warn_of_unheld
+from mmpareto_optim.rows import Row, flatten, forms_of
+from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Describe, Features, Gradient, Losses
-
-IntegrateAt = Callable[[Rows], Sequence[Tensor]]
-"""From the rows at the features to one gradient for each feature."""
 
 
 def rows_through(
     differentiation: Differentiation,
     backward: Backward,
     features: Features,
-    integrate_at: IntegrateAt,
-) -> tuple[Rows, Row, Mapping[str, set[Tensor]]]:
+    reach: Reach,
+    integration: Integration,
+    seen: Seen,
+) -> tuple[Rows, Row, dict[str, BlockStats]]:
     """Each loss's gradient down to the features, and the integrated one behind them.
+
+    Args:
+        differentiation: differentiates one loss after the other.
+        backward: what is differentiated.
+        features: the encoders' outputs, which the losses are computed from.
+        reach: what the losses have reached.
+        integration: how features are integrated.
+        seen: is told what was met with.
 
     Returns:
         The rows at the parameters that are behind no feature; the gradient of those that are,
-        which is added as it is; and by feature the leaves that it is computed from.
+        which is added as it is; and what was seen at each feature.
     """
     params, processes = backward.params, backward.processes
     paths = FeaturePaths(backward.losses, features, params, backward.describe)
@@ -61,10 +71,11 @@ def rows_through(
             at, gradient = found[: len(outputs)], _spread(found, paths.heads, len(params))
             del found
             given = processes.given_by_all(name, tuple(piece is not None for piece in at))
-            rows_at[name] = layout_of(forms_at, given).flatten(at)
+            rows_at[name] = flatten(forms_at, at, given, ())
             rows[name] = averaged_row(processes, name, forms, gradient, memory.kept(name, gradient))
             del at, gradient
-    integrated = integrate_at({name: rows_at[name] for name in names})
+    at_features = _integrated(features, {n: rows_at[n] for n in names}, reach, integration, seen)
+    integrated = [at_features.gradients[position] for position in range(len(outputs))]
     behind = paths.through_encoders(params, integrated, backward.retain_graph)
     add_what_functions_wrote(behind, params)
     kept = memory.kept("the features", behind)
@@ -72,8 +83,26 @@ def rows_through(
     del behind
     memory.check()
     processes.wait()
-    differentiation.is_first = False
-    return {name: rows[name] for name in names}, plain, paths.behind
+    differentiation.is_first, seen.behind = False, paths.behind
+    return {name: rows[name] for name in names}, plain, at_features.stats
+
+
+@torch.no_grad()
+def _integrated(
+    features: Features, rows: Rows, reach: Reach, integration: Integration, seen: Seen
+) -> Integrated:
+    """One gradient for each feature, each a block of its own."""
+    for position, name in enumerate(features):
+        if not any(row.layout.given[position] for row in rows.values()):
+            raise ValueError(
+                f"no loss reaches feature {name!r}: give the very tensor that the heads are "
+                "called with, or leave it out"
+            )
+    reached = reach.of(rows, list(features), integration.largest)
+    seen.feature_blocks = tuple(
+        Block(name, reached[position], (position,)) for position, name in enumerate(features)
+    )
+    return integration.integrate(seen.feature_blocks, list(rows), list(rows.values()))
 
 
 def _spread(found: Gradient, heads: Sequence[int], size: int) -> Gradient:

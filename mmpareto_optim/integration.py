@@ -57,6 +57,10 @@ class Integration:
         self._copies = copies
         self._at_features = at_features
 
+    def largest(self, sizes: Tensor) -> Tensor:
+        """The largest of some sizes over the processes that have a part of a gradient."""
+        return self._processes.largest(sizes, self._at_features)
+
     def integrate(
         self,
         blocks: Sequence[Block],

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from mmpareto_optim.accumulation import GradAccumulator
 from mmpareto_optim.autograd import Backward, Differentiation, grads_set_aside
-from mmpareto_optim.blocks import Block, Reach, Reached, blocks_by_modality, blocks_by_reach
+from mmpareto_optim.blocks import Reach, blocks_of
 from mmpareto_optim.distributed.select import ProcessSelection
 from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.features import rows_through
@@ -31,7 +30,6 @@ from mmpareto_optim.param_groups import (
     describe,
     parameters_by_modality,
 )
-from mmpareto_optim.rows import Row
 from mmpareto_optim.rules import Rule
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Constants, Features, Losses
@@ -43,12 +41,24 @@ STEPS_WATCHED = 100
 """Steps of a block after which one that mostly stood still is warned of."""
 
 
+def _option(name: str, doc: str) -> Any:
+    """A setting that is validated when it is set."""
+
+    def read(self: "GradientIntegrator") -> Any:
+        return getattr(self._options, name)
+
+    def write(self: "GradientIntegrator", value: Any) -> None:
+        self._options = replace(self._options, **{name: value})
+        self._copies.clear()
+
+    return property(read, write, doc=doc)
+
+
 class GradientIntegrator:
     """Fills ``.grad`` with gradients common to several losses, as ``Tensor.backward`` fills it.
 
     For training loops that step by themselves: several optimizers on one graph, a trainer that
-    owns the step. :class:`MMParetoOptimizer` is an optimizer around it, and says what the
-    arguments are::
+    owns the step. :class:`MMParetoOptimizer` is an optimizer around it::
 
         integrator = GradientIntegrator(model.parameters())
         integrator.zero_grad()
@@ -59,28 +69,22 @@ class GradientIntegrator:
     Args:
         params: as ``torch.optim`` takes them: tensors, ``(name, tensor)`` pairs, or dicts with
             either as ``"params"``.
-        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so are all that follow.
-        integration: the rule.
-        gamma: factor on the integrated gradients of a named rule.
-        rescale: ``"encoder"`` or ``"tensor"``.
-        process_group: the processes to average over.
-        average_gradients: False where each process trains a model of its own.
-        reduce_dtype: in what dtype gradients are averaged.
+        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so are all that follow:
+            ``integration``, ``gamma``, ``rescale``, ``process_group``, ``average_gradients`` and
+            ``reduce_dtype``, with the same errors.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
         most_losses: how many losses there have been at most in a backward.
+        has_integrated: whether there has been a backward.
         stats: for each block of two or more objectives a :class:`BlockStats` of the last
             integration, by the block's name: the modality, or the names of the losses that
             reach it joined by ``+``.
-
-    Raises:
-        TypeError: ``params`` or ``param_groups_by_modality`` hold what is no parameter.
-        ValueError: an unknown rule or ``rescale``; ``gamma`` not positive; a
-            parameter in two modalities, or one that ``params`` does not hold; a
-            ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
-            ``average_gradients=False``; an unknown ``reduce_dtype``.
     """
+
+    integration = _option("integration", "The rule.")
+    gamma = _option("gamma", "Factor on the integrated gradients; None for the rule's default.")
+    rescale = _option("rescale", '``"encoder"`` or ``"tensor"``.')
 
     def __init__(
         self,
@@ -160,22 +164,22 @@ class GradientIntegrator:
             backward = Backward(
                 losses, params, processes, constants, retain_graph, keep, self._describe
             )
-            seen, stats, plain = Seen(params), dict[str, BlockStats](), None
+            seen, stats = Seen(params), dict[str, BlockStats]()
             if features is None:
-                rows = self._differentiation.rows(backward)
+                rows, plain = self._differentiation.rows(backward), None
             else:
-                integrate_at = partial(self._integrated_at, features, processes, seen, stats)
-                rows, plain, seen.behind = rows_through(
-                    self._differentiation, backward, features, integrate_at
+                at = Integration(self._options, processes, self._copies, at_features=True)
+                rows, plain, stats = rows_through(
+                    self._differentiation, backward, features, self._reach, at, seen
                 )
         with torch.no_grad():
             accumulated = GradAccumulator(params, rows, plain, before)
             if self._accumulated is not None:
                 accumulated.extend(self._accumulated, processes)
             rows, plain = accumulated.rows, accumulated.plain
-            reached = self._reach.of(rows, params, partial(processes.largest, at_features=False))
-            seen.blocks = self._blocks(reached, params, modalities, rows)
             integration = Integration(self._options, processes, self._copies)
+            reached = self._reach.of(rows, params, integration.largest)
+            seen.blocks = blocks_of(reached, params, modalities, rows)
             everything = [*rows.values()] if plain is None else [*rows.values(), plain]
             found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)
             gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
@@ -186,35 +190,6 @@ class GradientIntegrator:
         self.most_losses = max(self.most_losses, len(losses))
         if not callable(self._options.integration):
             self._watch(found.factors)
-
-    @torch.no_grad()
-    def _integrated_at(
-        self,
-        features: Features,
-        processes: Processes,
-        seen: Seen,
-        stats: dict[str, BlockStats],
-        rows: dict[str, Row],
-    ) -> list[Tensor]:
-        """One gradient for each feature, each a block of its own; tells what was seen.
-
-        Raises:
-            ValueError: no loss reaches a feature; names it.
-        """
-        for position, name in enumerate(features):
-            if not any(row.layout.given[position] for row in rows.values()):
-                raise ValueError(
-                    f"no loss reaches feature {name!r}: give the very tensor that the heads are "
-                    "called with, or leave it out"
-                )
-        reached = self._reach.of(rows, list(features), partial(processes.largest, at_features=True))
-        seen.feature_blocks = tuple(
-            Block(name, reached[position], (position,)) for position, name in enumerate(features)
-        )
-        integration = Integration(self._options, processes, self._copies, at_features=True)
-        found = integration.integrate(seen.feature_blocks, list(rows), list(rows.values()))
-        stats |= found.stats
-        return [found.gradients[position] for position in range(len(features))]
 
     def _checked(
         self,
@@ -235,40 +210,21 @@ class GradientIntegrator:
         return self._modalities
 
     def _constants(
-        self,
-        params: Sequence[Tensor],
-        modalities: Modalities | None,
-        features: Features | None,
+        self, params: Sequence[Tensor], modalities: Modalities | None, features: Features | None
     ) -> Constants:
         """What ranks that train one model have in common, by the names of error messages."""
-        options = self._options
+        rule = (self._options.rule_name, self._options.factor, self._options.rescale)
+        by_hand = tuple(
+            (name, tuple(i for i, param in enumerate(params) if param in members))
+            for name, members in (modalities or {}).items()
+        )
         return (
             ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
-            (
-                "integration, gamma or rescale",
-                (options.rule_name, options.factor, options.rescale),
-            ),
-            (
-                "param_groups_by_modality",
-                tuple(
-                    (name, tuple(i for i, param in enumerate(params) if param in members))
-                    for name, members in (modalities or {}).items()
-                ),
-            ),
+            ("integration, gamma or rescale", rule),
+            ("param_groups_by_modality", by_hand),
             ("features", None if features is None else tuple(features)),
             ("reduce_dtype", self._selection.reduce_dtype),
         )
-
-    def _blocks(
-        self,
-        reached: Reached,
-        params: Sequence[Tensor],
-        modalities: Modalities | None,
-        rows: Mapping[str, Row],
-    ) -> tuple[Block, ...]:
-        if modalities is None:
-            return blocks_by_reach(reached, tuple(param.numel() for param in params))
-        return blocks_by_modality(reached, params, modalities, rows)
 
     def _watch(self, factors: Mapping[str, Sequence[float]]) -> None:
         """Warn once of a very small gradient, and of each block that mostly stands still."""
@@ -288,34 +244,6 @@ class GradientIntegrator:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.forget()
-
-    @property
-    def integration(self) -> RuleChoice:
-        """The rule; may be changed, and so may ``gamma`` and ``rescale``."""
-        return self._options.integration
-
-    @integration.setter
-    def integration(self, rule: RuleChoice) -> None:
-        self._options = replace(self._options, integration=rule)
-        self._copies.clear()
-
-    @property
-    def gamma(self) -> float | None:
-        """Factor on the integrated gradients; None for the rule's default."""
-        return self._options.gamma
-
-    @gamma.setter
-    def gamma(self, factor: float | None) -> None:
-        self._options = replace(self._options, gamma=factor)
-
-    @property
-    def rescale(self) -> Rescale:
-        """``"encoder"`` or ``"tensor"``."""
-        return self._options.rescale
-
-    @rescale.setter
-    def rescale(self, rescale: Rescale) -> None:
-        self._options = replace(self._options, rescale=rescale)
 
     @property
     def blocks(self) -> Blocks:

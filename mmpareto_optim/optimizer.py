@@ -16,10 +16,9 @@ from mmpareto_optim.base_optimizer import (
     raise_if_second_order,
 )
 from mmpareto_optim.integrator import GradientIntegrator
-from mmpareto_optim.messages import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
+from mmpareto_optim.messages import warn_of_line_search, warn_of_nothing_to_integrate
 from mmpareto_optim.optimizer_list import as_one
 from mmpareto_optim.options import Rescale, RuleChoice
-from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Losses
 
 if TYPE_CHECKING:  # not in every build
@@ -38,23 +37,23 @@ class MMParetoOptimizer(Optimizer):
         opt.zero_grad()
         opt.step(losses={"mm": loss, "audio": audio_loss, "visual": visual_loss})
 
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's own.
-    Attributes that this class lacks (a third-party optimizer's ``train()``, say) are looked
-    up on the base.
+    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's own, and
+    attributes that this class lacks (a third-party optimizer's ``train()``, say) are looked
+    up on the base. ``integration``, ``gamma`` and ``rescale`` may be changed later.
 
     Args:
         optimizer: the base, any ``torch.optim.Optimizer``; or a list of several that share a
             graph, such as Muon for the matrices and AdamW for the rest.
         param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
-            modality's name to a module, parameters or ``(name, parameter)`` pairs. Each is
-            one block, integrated over the losses that reach it; the gradients of what it
-            leaves out are added.
-        integration: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
+            modality's name to a module or several, parameters or ``(name, parameter)`` pairs.
+            Each is one block, integrated over the losses that reach it; the gradients of what
+            they leave out are added.
+        integration: the rule: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
             ``"uniform"``, the sum; ``"config"``, equal cosines (ConFIG); ``"upgrad"``, each
             gradient projected on the dual cone; ``"dualproj"``, the sum projected on it, which is
-            the sum wherever that harms nobody; or a function from a Gram matrix ``(m, m)`` to the
-            coefficients ``(m,)`` of the gradients. One that has a ``reset()`` keeps a state, and
-            each block gets a copy of its own.
+            the sum wherever that harms nobody; or a function from a Gram matrix ``(m, m)``, in
+            float64, to the coefficients ``(m,)`` of the gradients. One that has a ``reset()``
+            keeps a state, and each block gets a copy of its own.
         gamma: factor on the integrated gradients of any named rule, positive; None for 1.5 with
             ``"mmpareto"``, as in the authors' code, and 1 with the others. Where only one
             gradient is not zero, it is taken as it is.
@@ -67,25 +66,28 @@ class MMParetoOptimizer(Optimizer):
             averaged over them before it is integrated, as one process would with the whole
             batch, with ``DistributedDataParallel`` or without. Every rank must make the same
             calls; a loss or a parameter that some of them do not reach counts as zero there.
-            Parameters of FSDP2 (``fully_shard``) and other DTensors are integrated as a whole,
-            and not averaged over the processes of their own device mesh.
+            DTensors (FSDP2, tensor parallelism) are integrated as a whole, and not averaged over
+            the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
         reduce_dtype: in what dtype real gradients are averaged over processes: their own if None,
             or ``torch.bfloat16``, ``float16``, ``float32`` or ``float64``. The first halves what
             goes over the network, and rounds each gradient to 8 bits before and after the sum; the
-            third adds up gradients in half precision without that. Gradients that FSDP2 reduces
-            follow its ``MixedPrecisionPolicy``.
+            third adds up gradients in half precision without that.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
+        stats: for each block of two or more objectives a :class:`BlockStats` of the last
+            integration, by the block's name: the modality, or the names of the losses that
+            reach it joined by ``+``.
+        blocks: the blocks of the last backward, heads included; printing them is a table, and
+            what to look at first when results surprise.
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
-            ``param_groups_by_modality`` is not a mapping or has an entry of another kind.
-        ValueError: an unknown rule or ``rescale``; ``gamma`` not positive; a
-            parameter in two modalities, or one that the base does not hold; a
-            ``process_group`` that this process is not in; that or a ``reduce_dtype`` with
-            ``average_gradients=False``; another ``reduce_dtype`` than these.
+        TypeError: ``optimizer`` is not an optimizer, or is wrapped already; what
+            ``param_groups_by_modality`` may not be.
+        ValueError: an unknown rule, ``rescale`` or ``reduce_dtype``; ``gamma`` not positive; a
+            parameter in two modalities, or one that the base does not hold; a ``process_group``
+            that this process is not in; that or ``reduce_dtype`` without ``average_gradients``.
     """
 
     def __init__(
@@ -113,9 +115,8 @@ class MMParetoOptimizer(Optimizer):
             average_gradients=average_gradients,
             reduce_dtype=reduce_dtype,
         )
-        plain = integration == "uniform" and gamma in (None, 1)
         self._needs_closure = needs_closure(type(self.optimizer).step)
-        if self._needs_closure and not plain:
+        if self._needs_closure and not (integration == "uniform" and gamma in (None, 1)):
             warn_of_line_search(type(self.optimizer).__name__)
 
     def step(
@@ -128,26 +129,24 @@ class MMParetoOptimizer(Optimizer):
     ) -> Any:
         """Integrate the losses' gradients, if losses are given, and step the base.
 
-        With ``losses`` it is :meth:`backward` and the base's step, with the same gradients bit
-        for bit, and saves what only a later ``backward`` would need.
+        With ``losses`` it is :meth:`backward` and the base's step, with the same gradients.
 
         Args:
             closure: re-evaluates the model: clears the gradients and returns the mapping
                 of losses, which is integrated before the base goes on. A closure that
                 returns anything else has done its own ``backward``, as in plain PyTorch.
-            losses: as for :meth:`backward`.
-            features: as for :meth:`backward`, with ``losses``.
-            param_groups_by_modality: as for :meth:`backward`.
+            losses: as for :meth:`backward`, and so are the others.
+            features: with ``losses`` only.
+            param_groups_by_modality: overrides that of the constructor.
 
         Returns:
             What the base's step returns; with a closure the sum of its losses, otherwise
             None.
 
         Raises:
-            TypeError: both ``losses`` and ``closure``, ``features`` without ``losses``, or a
-                base that cannot step without a closure, given none; and whatever
-                :meth:`backward` raises.
-            RuntimeError: a base that differentiates the gradients once more, as AdaHessian.
+            TypeError: arguments that do not go together, or no closure for a base that needs one.
+            RuntimeError: a base that differentiates the gradients once more, as AdaHessian; and
+                whatever :meth:`backward` raises.
         """
         step = self._stepped
         if torch.compiler.is_compiling():  # the graph is broken around the integration
@@ -159,17 +158,15 @@ class MMParetoOptimizer(Optimizer):
         closure: Callable[[], Any] | None,
         losses: Losses | None,
         features: Mapping[str, Tensor] | None,
-        param_groups_by_modality: Mapping[str, Any] | None,
+        by_hand: Mapping[str, Any] | None,
     ) -> Any:
         if losses is None or closure is not None or self._needs_closure:
-            check_step(self.optimizer, closure, losses, features, param_groups_by_modality)
+            check_step(self.optimizer, closure, losses, features, by_hand)
         if losses is not None:
-            self._current().integrate(losses, features, param_groups_by_modality, keep=False)
+            self._current().integrate(losses, features, by_hand, keep=False)
         try:
-            if closure is None:
-                result = self.optimizer.step()
-            else:
-                result = self.optimizer.step(self._integrating(closure, param_groups_by_modality))
+            integrating = () if closure is None else (self._integrating(closure, by_hand),)
+            result = self.optimizer.step(*integrating)
         except RuntimeError as error:
             if self._integrator.has_integrated:
                 raise_if_second_order(self.optimizer, error)
@@ -194,22 +191,18 @@ class MMParetoOptimizer(Optimizer):
         else changes ``.grad`` in between. What does (clipping, another ``backward``) is added
         to and not integrated again.
 
-        A loss reaches a parameter once it has given it a gradient other than zero. Unlike
-        ``Tensor.backward``, this reaches only the parameters that the base holds, runs
+        Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
         tensor hooks once a loss and no post-accumulate-grad hooks, and refuses
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
-        Where parameters are DTensors (FSDP2, tensor parallelism) it is ``Tensor.backward`` that
-        runs, once a loss, with all that comes of it.
-
-        With several processes it is collective: see ``process_group`` of the constructor.
+        Where parameters are DTensors it is ``Tensor.backward`` that runs, once a loss. With
+        several processes it is collective.
 
         With ``features`` the losses are differentiated down to the encoders' outputs only and
         integrated there (Sener & Koltun 2018, Section 3.3); one backward pass takes the result
         through the encoders, as in plain training. The direction is then common to all losses
-        as seen from the features: to first order, moving them along it lowers every loss. In
-        the space of the encoders' parameters that is no guarantee. ``stats`` has an entry for
-        each feature, of gradients of its shape. Each call integrates its own batch, and
-        micro-batches add up what each of them gave.
+        as seen from the features, which is no guarantee in the space of the encoders'
+        parameters. ``stats`` has an entry for each feature. Each call integrates its own batch,
+        and micro-batches add up what each of them gave.
 
         Args:
             losses: scalars by name, each with a graph; the joint loss first.
@@ -221,34 +214,25 @@ class MMParetoOptimizer(Optimizer):
 
         Raises:
             TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
-            ValueError: no loss; one that is not a scalar or has no graph; as in the
-                constructor for ``param_groups_by_modality``; an ``integration`` function
-                that returns another shape. Features that have no graph, that no loss reaches
-                or that a loss goes around; features with ``rescale="tensor"``.
-                Sharded parameters with features, with ``rescale="tensor"``, of FSDP1 or ZeRO 3,
-                or on device meshes that do not fit each other or the process group.
+            ValueError: no loss; one that is not a scalar or has no graph; an ``integration``
+                function that returns another shape; features that have no graph, that no loss
+                reaches or that a loss goes around, or with ``rescale="tensor"``; sharded
+                parameters with either, of FSDP1 or ZeRO 3, or on device meshes that do not fit.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
-                a reentrant checkpoint; an error on another rank, or arguments unlike its;
-                no loss reaches a sharded parameter.
+                a reentrant checkpoint; an error on another rank, or arguments unlike its.
 
         After an exception parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        owner = self.optimizer
-        if isinstance(owner, MMParetoOptimizer):
-            # Lightning hands out an object that inherits these methods and holds the optimizer.
-            owner.backward(
-                losses,
-                features=features,
-                param_groups_by_modality=param_groups_by_modality,
-                retain_graph=retain_graph,
-            )
-        else:
-            self._current().backward(
-                losses,
-                features=features,
-                param_groups_by_modality=param_groups_by_modality,
-                retain_graph=retain_graph,
-            )
+        owner: Any = self.optimizer
+        if not isinstance(owner, MMParetoOptimizer):
+            owner = self._current()
+        # Otherwise Lightning's: it inherits these methods and holds the optimizer itself.
+        owner.backward(
+            losses,
+            features=features,
+            param_groups_by_modality=param_groups_by_modality,
+            retain_graph=retain_graph,
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
@@ -271,15 +255,8 @@ class MMParetoOptimizer(Optimizer):
     gamma = forwarded_property("_integrator", "gamma")
     rescale = forwarded_property("_integrator", "rescale")
 
-    @property
-    def stats(self) -> dict[str, BlockStats]:
-        """As of :class:`GradientIntegrator`."""
-        return self._integrator.stats
-
-    @property
-    def blocks(self) -> Blocks:
-        """As of :class:`GradientIntegrator`: what to print first when results surprise."""
-        return self._integrator.blocks
+    stats = forwarded_property("_integrator", "stats")
+    blocks = forwarded_property("_integrator", "blocks")
 
     param_groups = forwarded_property("optimizer", "param_groups")
     state = forwarded_property("optimizer", "state")
@@ -327,14 +304,14 @@ class MMParetoOptimizer(Optimizer):
             warn_of_nothing_to_integrate(losses)
 
     def _integrating(
-        self, closure: Callable[[], Any], param_groups_by_modality: Mapping[str, Any] | None
+        self, closure: Callable[[], Any], by_hand: Mapping[str, Any] | None
     ) -> Callable[[], Any]:
         def evaluate() -> Any:
             losses = closure()
             if not isinstance(losses, Mapping):
                 check_differentiated(losses, self.param_groups)
                 return losses
-            self.backward(losses, param_groups_by_modality=param_groups_by_modality)
+            self.backward(losses, param_groups_by_modality=by_hand)
             # What a line search decides by must be the same on all ranks.
             return self._integrator.mean(sum(loss.detach() for loss in losses.values()))
 

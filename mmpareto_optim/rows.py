@@ -8,8 +8,8 @@ complex numbers count as pairs of real ones.
 """
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -35,9 +35,7 @@ class Form:
 
     Attributes:
         dtype: that of ``.grad``.
-        device: that of the parameter.
-        row_dtype: that of rows.
-        epsilon: machine epsilon of rows.
+        row_dtype: that of rows, of which ``epsilon`` is the machine epsilon.
         written_rounding: unit roundoff of ``.grad``, 0 if it is not rounded to from a row.
         size: how many real numbers its gradient has.
     """
@@ -49,31 +47,30 @@ class Form:
         self.device = device
         self.row_dtype = torch.promote_types(dtype.to_real(), torch.float32)
         self.epsilon = torch.finfo(self.row_dtype).eps
-        self.written_rounding = 0.0
-        if dtype.to_real() != self.row_dtype:
-            self.written_rounding = torch.finfo(dtype).eps / 2
+        is_rounded = dtype.to_real() != self.row_dtype
+        self.written_rounding = torch.finfo(dtype).eps / 2 if is_rounded else 0.0
         like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        self._order = _memory_order(like)
-        self._inverse = None if self._order is None else _inverse(self._order)
-        self._piece_shape = self._arranged(like).shape
+        strides = torch.empty_like(like).stride()  # dense, in the same order
+        self._order = sorted(range(like.ndim), key=lambda dimension: -strides[dimension])
+        self._inverse = [self._order.index(dimension) for dimension in range(like.ndim)]
+        self._is_plain = like.is_contiguous() and not dtype.is_complex
+        self._piece_shape = self._in_order(like).shape
         self.size = self._piece_shape.numel()
 
     def flat(self, gradient: Tensor) -> Tensor:
         """A gradient's real numbers in the order in which the parameter's lie in memory."""
-        if self._order is None and not self.dtype.is_complex:
-            return gradient.flatten()
-        return self._arranged(gradient).flatten()
+        return gradient.flatten() if self._is_plain else self._in_order(gradient).flatten()
 
     def restored(self, flat: Tensor) -> Tensor:
         """A gradient from its numbers; not a view, which would refuse ``detach_()``."""
         gradient = flat.view(self._piece_shape)
-        if self.dtype.is_complex:
-            gradient = torch.view_as_complex(gradient)
-        return (gradient if self._inverse is None else gradient.permute(self._inverse)).data
+        if not self._is_plain:
+            gradient = torch.view_as_complex(gradient) if self.dtype.is_complex else gradient
+            gradient = gradient.permute(self._inverse)
+        return gradient.data
 
-    def _arranged(self, gradient: Tensor) -> Tensor:
-        if self._order is not None:
-            gradient = gradient.permute(self._order)
+    def _in_order(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.permute(self._order)
         return torch.view_as_real(gradient.resolve_conj()) if self.dtype.is_complex else gradient
 
 
@@ -93,7 +90,7 @@ class Layout:
         given: which of them have a gradient.
     """
 
-    def __init__(self, forms: Sequence[Form], given: Given) -> None:
+    def __init__(self, forms: tuple[Form, ...], given: Given) -> None:
         self.forms = forms
         self.given = given
         self.segments: list[list[int]] = []
@@ -112,19 +109,8 @@ class Layout:
             self.places[position] = Place(number, sizes[number], sizes[number] + form.size)
             sizes[number] += form.size
 
-    def flatten(self, gradient: Gradient, kept: Container[int] = ()) -> "Row":
-        """A gradient as a row.
-
-        Args:
-            gradient: for each parameter a tensor; zeros for None.
-            kept: positions of long ones that need not be copied.
-        """
-        return self.row_of(
-            [None if g is None else self.forms[i].flat(g) for i, g in enumerate(gradient)], kept
-        )
-
     def row_of(self, pieces: Gradient, kept: Container[int] = ()) -> "Row":
-        """As :meth:`flatten`, of gradients that are flat already."""
+        """The row of some flat gradients, zeros for None; copies but for those to be kept."""
         segments = []
         for positions in self.segments:
             form, first = self.forms[positions[0]], pieces[positions[0]]
@@ -141,8 +127,11 @@ class Layout:
         return Row(self, segments)
 
 
+layout_of = lru_cache(maxsize=256)(Layout)
+
+
 class Row:
-    """The gradient of one loss in memory of our own.
+    """The gradient of one loss.
 
     Attributes:
         layout: where the gradients of which parameters lie.
@@ -159,23 +148,29 @@ class Row:
 
     def release(self, place: Place) -> None:
         """Let go of a long gradient, so that its memory may serve the next result."""
-        if place.stop - place.start >= LONG and len(self.layout.segments[place.segment]) == 1:
+        if len(self.layout.segments[place.segment]) == 1:
             self.segments[place.segment] = self.segments[place.segment].new_empty(0)
 
-    def pieces(self, size: int, positions: Mapping[int, int] | None = None) -> Gradient:
-        """The flat gradients of the parameters, views.
-
-        Args:
-            size: how long the list is.
-            positions: which to take, and where they stand in the list; all if None.
-        """
+    def pieces(self, positions: Mapping[int, int], size: int) -> Gradient:
+        """Flat gradients, views: by old position the new one, in a list of some size."""
         found: Gradient = [None] * size
-        for position, place in self.layout.places.items():
-            if positions is None:
-                found[position] = self.part(place)
-            elif position in positions:
-                found[positions[position]] = self.part(place)
+        for old, new in positions.items():
+            if old in self.layout.places:
+                found[new] = self.part(self.layout.places[old])
         return found
+
+
+def flatten(forms: tuple[Form, ...], gradient: Gradient, given: Given, kept: Container[int]) -> Row:
+    """A gradient as a row.
+
+    Args:
+        forms: what the parameters are.
+        gradient: for each parameter a tensor or None.
+        given: which of them have a place in the row.
+        kept: positions of long gradients that need not be copied.
+    """
+    pieces = [None if g is None else form.flat(g) for form, g in zip(forms, gradient, strict=True)]
+    return layout_of(forms, given).row_of(pieces, kept)
 
 
 def forms_of(likes: Iterable[Tensor]) -> tuple[Form, ...]:
@@ -185,35 +180,21 @@ def forms_of(likes: Iterable[Tensor]) -> tuple[Form, ...]:
     )
 
 
-@lru_cache(maxsize=256)
-def layout_of(forms: tuple[Form, ...], given: Given) -> Layout:
-    """The layout for a loss that gives some of the parameters a gradient."""
-    return Layout(forms, given)
-
-
 def sum_of_rows(new: Row, old: Gradient) -> Row:
-    """A row and flat gradients together; the row's own memory, where it has a place for them."""
-    if any(piece is not None and i not in new.layout.places for i, piece in enumerate(old)):
-        given = tuple(
-            there or piece is not None for there, piece in zip(new.layout.given, old, strict=True)
-        )
-        layout = layout_of(tuple(new.layout.forms), given)
-        new = layout.row_of(new.pieces(len(old)))
+    """A row and flat gradients together, in the row's own memory if it has places for them all."""
+    forms, given = new.layout.forms, tuple(piece is not None for piece in old)
+    if any(piece and not there for piece, there in zip(given, new.layout.given, strict=True)):
+        both = tuple(map(or_, given, new.layout.given))
+        everywhere = {position: position for position in range(len(forms))}
+        new = layout_of(forms, both).row_of(new.pieces(everywhere, len(forms)))
     for position, piece in enumerate(old):
         if piece is not None:
             new.part(new.layout.places[position]).add_(piece)
     return new
 
 
-@dataclass(frozen=True)
-class Span:
-    """Parameters that lie one after the other in each of some rows.
-
-    Attributes:
-        positions: which.
-        forms: what they are.
-        places: where, for each of the rows.
-    """
+class Span(NamedTuple):
+    """Parameters that lie one after the other in each of some rows, and where in each row."""
 
     positions: tuple[int, ...]
     forms: tuple[Form, ...]
@@ -222,21 +203,21 @@ class Span:
 
 def spans_of(layouts: Sequence[Layout], positions: Sequence[int]) -> list[Span]:
     """The fewest spans of some parameters, which all of the rows have."""
-    runs: list[list[int]] = []
+    spans: list[Span] = []
     for position in positions:
-        if runs and all(_follow(layout.places, runs[-1][-1], position) for layout in layouts):
-            runs[-1].append(position)
+        form = layouts[0].forms[position]
+        here = tuple(layout.places[position] for layout in layouts)
+        before = spans[-1].places if spans else ()
+        if before and all(old[::2] == new[:2] for old, new in zip(before, here, strict=True)):
+            last = spans.pop()
+            places = tuple(
+                Place(old.segment, old.start, new.stop)
+                for old, new in zip(last.places, here, strict=True)
+            )
+            spans.append(Span((*last.positions, position), (*last.forms, form), places))
         else:
-            runs.append([position])
-    forms = layouts[0].forms
-    return [
-        Span(
-            tuple(run),
-            tuple(forms[position] for position in run),
-            tuple(_from_to(layout.places[run[0]], layout.places[run[-1]]) for layout in layouts),
-        )
-        for run in runs
-    ]
+            spans.append(Span((position,), (form,), here))
+    return spans
 
 
 def combine(rows: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
@@ -271,12 +252,9 @@ def _add_others(
 
 
 def unflatten(flat: Tensor, forms: Sequence[Form], *, is_new: bool) -> list[Tensor]:
-    """The gradients of some parameters from one flat tensor, each in memory of its own.
+    """The gradients of some parameters that lie in one flat tensor, each in memory of its own.
 
-    Args:
-        flat: the gradients one after the other.
-        forms: what the parameters are.
-        is_new: whether the tensor's memory may be that of a gradient.
+    That may be the tensor's, if it is new.
     """
     dtype = forms[0].dtype.to_real()
     if len(forms) == 1:
@@ -295,28 +273,4 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
     return param.dtype if chosen is None else chosen
 
 
-@lru_cache(maxsize=4096)
-def _form(
-    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Form:
-    return Form(shape, stride, dtype, device)
-
-
-def _follow(places: Mapping[int, Place], one: int, two: int) -> bool:
-    return places[one].segment == places[two].segment and places[one].stop == places[two].start
-
-
-def _from_to(first: Place, last: Place) -> Place:
-    return Place(first.segment, first.start, last.stop)
-
-
-def _memory_order(like: Tensor) -> list[int] | None:
-    """Dimensions of a dense parameter from the slowest to the fastest; None if contiguous."""
-    if like.is_contiguous():
-        return None
-    strides = torch.empty_like(like).stride()
-    return sorted(range(like.ndim), key=lambda dimension: -strides[dimension])
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return [order.index(dimension) for dimension in range(len(order))]
+_form = lru_cache(maxsize=4096)(Form)

@@ -160,7 +160,7 @@ class Sharded(Processes):
         held = torch.tensor(flags, dtype=torch.int32, device=self._mesh.device_type)
         for group in self._mesh.get_all_groups():
             dist.all_reduce(held, op=dist.ReduceOp.MIN, group=group)
-        return held.bool().tolist()  # type: ignore[no-any-return]
+        return held.bool().tolist()
 
     def same(self, value: Tensor) -> Tensor:
         return value if self._averaging is None else self._averaging.same(value)
