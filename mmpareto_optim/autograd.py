@@ -1,6 +1,6 @@
 """One loss -> its gradients -> a row; errors of autograd with the mend."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
@@ -64,7 +64,7 @@ class Differentiation:
         forms = local_forms(backward)
         others = self._leaves_to_pass_through(backward)
         names = backward.processes.losses_of_all(backward.losses, backward.constants)
-        memory = self.memory(backward)
+        memory = self.memory(backward, forms)
         rows = {}
         for name in reversed(names):
             gradient = self.gradient_of(backward, name, backward.params, others, names[0])
@@ -76,10 +76,9 @@ class Differentiation:
         self.is_first = False
         return {name: rows[name] for name in names}
 
-    def memory(self, backward: Backward) -> "ForeignMemory":
+    def memory(self, backward: Backward, forms: Sequence[Form]) -> "ForeignMemory":
         """Which of autograd's tensors may stay where they are in this backward."""
-        copies = backward.accumulates or backward.processes.writes_rows
-        return ForeignMemory(backward, self._reused, learns=self.is_first, copies=copies)
+        return ForeignMemory(backward, forms, self._reused, learns=self.is_first)
 
     def gradient_of(
         self,
@@ -131,47 +130,49 @@ class ForeignMemory:
 
     Args:
         backward: what is differentiated.
+        forms: what its parameters are.
         reused: ids of the parameters whose gradients are in such buffers; added to.
         learns: whether this is the first backward.
-        copies: whether all is to be copied.
     """
 
-    def __init__(self, backward: Backward, reused: set[int], *, learns: bool, copies: bool) -> None:
+    def __init__(
+        self, backward: Backward, forms: Sequence[Form], reused: set[int], *, learns: bool
+    ) -> None:
         self._params = backward.params
         self._describe = backward.describe
         self._reused = reused
         self._learns = learns
-        self._copies = copies
+        copies = backward.accumulates or backward.processes.writes_rows
+        is_wanted = learns or not copies
+        self._long = [i for i, form in enumerate(forms) if is_wanted and form.size >= LONG]
         self._last: dict[int, Tensor] = {}
         self._alive: dict[int, tuple[str, int, Tensor, int]] = {}
 
-    def kept(self, name: str, gradient: Gradient) -> Sequence[int]:
+    def kept(self, name: str, gradient: Gradient) -> Container[int]:
         """Positions of a loss's gradients that need not be copied.
 
         Raises:
             RuntimeError: one is in the memory of another loss's; names both.
         """
-        if self._copies and not self._learns:
-            return ()
-        long = [
-            (position, piece)
-            for position, piece in enumerate(gradient)
-            if piece is not None and piece.numel() >= LONG and type(piece) is Tensor
-        ]
+        found = {i: piece for i in self._long if type(piece := gradient[i]) is Tensor}
         if self._learns:
-            for position, piece in long:
+            for position, piece in found.items():
                 last = self._last.get(position)
                 if last is not None and last.data_ptr() == piece.data_ptr():
                     self._reused.add(id(self._params[position]))
-                self._last[position] = piece
+            self._last |= found
             return ()
-        long = [(at, piece) for at, piece in long if id(self._params[at]) not in self._reused]
-        for position, piece in long:
+        found = {i: piece for i, piece in found.items() if id(self._params[i]) not in self._reused}
+        for position, piece in found.items():
             other = self._alive.get(piece.data_ptr())
             if other is not None and other[0] != name:
                 self._raise(other[0], position)
-        self._alive |= {p.data_ptr(): (name, at, p, p._version) for at, p in long if not p.is_meta}
-        return [position for position, _ in long]
+        self._alive |= {
+            piece.data_ptr(): (name, position, piece, piece._version)
+            for position, piece in found.items()
+            if not piece.is_meta
+        }
+        return found
 
     def check(self) -> None:
         """Raise RuntimeError if a gradient was written to by a later pass; names it."""
@@ -194,7 +195,7 @@ def averaged_row(
     name: str,
     forms: tuple[Form, ...],
     gradient: Gradient,
-    kept: Sequence[int] = (),
+    kept: Container[int] = (),
 ) -> Row:
     """A gradient as a row, whose average over the processes begins."""
     given = processes.given_by_all(name, tuple(piece is not None for piece in gradient))

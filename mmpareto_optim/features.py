@@ -61,7 +61,7 @@ def rows_through(
     forms, forms_at = local_forms(backward), forms_of(outputs)
     targets = [*outputs, *(params[position] for position in paths.heads)]
     names = processes.losses_of_all(backward.losses, backward.constants)
-    memory = differentiation.memory(backward)
+    memory = differentiation.memory(backward, forms)
     rows, rows_at = {}, {}
     with hooks_set_aside(outputs):
         for name in reversed(names):

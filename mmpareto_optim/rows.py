@@ -62,12 +62,12 @@ class Form:
         return gradient.flatten() if self._is_plain else self._in_order(gradient).flatten()
 
     def restored(self, flat: Tensor) -> Tensor:
-        """A gradient from its numbers; not a view, which would refuse ``detach_()``."""
+        """A gradient of its numbers, in their memory; no view, which would refuse ``detach_()``."""
+        if self._is_plain:
+            return flat.resize_(self._piece_shape)
         gradient = flat.view(self._piece_shape)
-        if not self._is_plain:
-            gradient = torch.view_as_complex(gradient) if self.dtype.is_complex else gradient
-            gradient = gradient.permute(self._inverse)
-        return gradient.data
+        gradient = torch.view_as_complex(gradient) if self.dtype.is_complex else gradient
+        return gradient.permute(self._inverse).data
 
     def _in_order(self, gradient: Tensor) -> Tensor:
         gradient = gradient.permute(self._order)
