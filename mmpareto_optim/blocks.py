@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmpareto_optim.norms import largest_of
 from mmpareto_optim.param_groups import Modalities
 from mmpareto_optim.rows import Layout, Row
+from mmpareto_optim.rules import solver_dtype
 
 Reached = tuple[tuple[str, ...], ...]
 """For each parameter the names of the losses that reach it, in the order of the losses."""
@@ -237,13 +237,6 @@ class Reach:
             self._settled = _Settled(tuple(keys), layouts, reached)
         return reached
 
-    def keep_only(self, keys: Sequence[object]) -> None:
-        """Forget what is not among some parameters, and would be kept alive."""
-        known = set(keys)
-        self._reached = {pair for pair in self._reached if pair[1] in known}
-        self._zero = {pair for pair in self._zero if pair[1] in known}
-        self._settled = self._look = None
-
     def _first_look(self, unseen: Mapping[Pair, Tensor], largest_of_all: LargestOfAll) -> set[Pair]:
         """Those of the pairs that are reached in this step."""
         if not unseen:
@@ -263,7 +256,7 @@ class Reach:
 
 
 def _look_at(gradients: Mapping[Pair, Tensor], largest_of_all: LargestOfAll) -> _Look:
-    sizes = largest_of_all(largest_of(list(gradients.values())))
+    sizes = largest_of_all(_largest_of(list(gradients.values())))
     pairs = tuple(gradients)
     if sizes.is_meta:  # there are no values
         return _Look(pairs, torch.ones(len(pairs), device="cpu"), None)
@@ -278,3 +271,14 @@ def _look_at(gradients: Mapping[Pair, Tensor], largest_of_all: LargestOfAll) -> 
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being captured, in which nothing may be waited for."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _largest_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of each tensor, shape ``(tensors,)``; NaN for NaN."""
+    device, exact = tensors[0].device, solver_dtype(tensors[0])
+    nothing = torch.zeros((), dtype=exact, device=device)
+    found = [
+        torch.linalg.vector_norm(tensor, math.inf) if tensor.numel() else nothing
+        for tensor in tensors
+    ]
+    return torch.stack([size.to(device, exact) for size in found])

@@ -38,11 +38,11 @@ def gram_matrix(spans: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
         error of its entries over the product of the norms, beyond that of float64.
     """
     if _may_be_quick(spans):
-        gram = _sum([_in_pieces(rows) for rows in spans])
+        gram = sum_of([_in_pieces(rows) for rows in spans])
         squares = gram.diagonal()
         if bool(((squares > 1e-20) & (squares < 1e30)).all()):
             return gram, ROUNDING
-    return _sum([_exact(rows) for rows in spans]), 0.0
+    return sum_of([_exact(rows) for rows in spans]), 0.0
 
 
 def _may_be_quick(spans: Sequence[Sequence[Tensor]]) -> bool:
@@ -89,7 +89,7 @@ def _exact(rows: Sequence[Tensor]) -> Tensor:
     length = CHUNK // 4 if rows[0].device.type == "cpu" else DEVICE_CHUNK // len(rows)
     if rows[0].numel() <= length:
         return _products(torch.stack(list(rows)).to(exact))
-    return _sum(
+    return sum_of(
         [
             _products(torch.stack(pieces).to(exact))
             for pieces in zip(*(row.split(length) for row in rows), strict=True)
@@ -101,7 +101,8 @@ def _products(matrix: Tensor) -> Tensor:
     return matrix @ matrix.mT
 
 
-def _sum(matrices: Sequence[Tensor]) -> Tensor:
+def sum_of(matrices: Sequence[Tensor]) -> Tensor:
+    """The sum of some matrices, on the device of the first."""
     total = matrices[0]
     for other in matrices[1:]:
         total = total + other.to(total.device, non_blocking=True)

@@ -1,6 +1,6 @@
 """From the rows of several losses to one gradient: Gram matrices, coefficients, sums."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.distributed.single import Processes
-from mmpareto_optim.gram import gram_matrix
+from mmpareto_optim.gram import gram_matrix, sum_of
 from mmpareto_optim.groups import Group, groups_of
 from mmpareto_optim.options import Options
 from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
@@ -22,10 +22,9 @@ class Integrated(NamedTuple):
     """What an integration gave.
 
     Attributes:
-        gradients: by position of a parameter, in its shape, each in memory of its own.
+        gradients: by position of a parameter, each in memory of its own.
         stats: by name of a block.
-        factors: by name of a block, what its gradients were multiplied by at most, as numbers;
-            where nothing waits for them.
+        factors: by name of a block, what its gradients were multiplied by at most; on the CPU.
     """
 
     gradients: dict[int, Tensor]
@@ -106,13 +105,12 @@ class Integration:
                 if release:
                     for row, place in zip(group.rows, span.places, strict=True):
                         rows[row].release(place)
-        stats = self._stats(met, grams, coefficients, stretches)
-        known = {
-            block.name: _times_largest(each, stretch).tolist()
-            for block, each, stretch in zip(met, coefficients, stretches, strict=True)
-            if each.device.type == "cpu"
+        gamma = 1.0 if callable(self._options.integration) else self._options.factor
+        stats = {
+            block.name: BlockStats(block.objectives, gram, each, gamma, _cat_on(gram, stretch))
+            for block, gram, each, stretch in zip(met, grams, coefficients, stretches, strict=True)
         }
-        return Integrated(gradients, stats, known)
+        return Integrated(gradients, stats, _known_factors(stats))
 
     def _grams(
         self, blocks: int, groups: Sequence[Group], pieces: Sequence[Sequence[Sequence[Tensor]]]
@@ -127,7 +125,7 @@ class Integration:
             parts[group.block].append(gram if group.share == 1 else gram * group.share)
             here = self._rounding(group.spans[0].forms[0], error)
             roundings[group.block] = Rounding(*map(max, here, roundings[group.block]))
-        grams = [sum_on_first_device(grams) for grams in parts]
+        grams = [sum_of(grams) for grams in parts]
         return self._processes.grams(grams, self._at_features), roundings
 
     def _rounding(self, form: Form, products: float) -> Rounding:
@@ -194,21 +192,6 @@ class Integration:
         others = [row for place, row in enumerate(rows) if place not in own]
         return combine([flat, *others], [ONE] * (1 + len(others))), stretch
 
-    def _stats(
-        self,
-        blocks: Sequence[Block],
-        grams: Sequence[Tensor],
-        coefficients: Sequence[Tensor],
-        stretches: Sequence[Sequence[Tensor]],
-    ) -> dict[str, BlockStats]:
-        gamma = 1.0 if callable(self._options.integration) else self._options.factor
-        return {
-            block.name: BlockStats(block.objectives, gram, own, gamma, _cat_on(own, stretch))
-            for block, gram, own, stretch in zip(
-                blocks, grams, coefficients, stretches, strict=True
-            )
-        }
-
 
 def _pieces(rows: Sequence[Row], group: Group, span: Span) -> list[Tensor]:
     return [rows[row].part(place) for row, place in zip(group.rows, span.places, strict=True)]
@@ -239,19 +222,14 @@ def _as_numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
     return coefficients.unbind()
 
 
-def _times_largest(coefficients: Tensor, stretches: Sequence[Tensor]) -> Tensor:
-    if not stretches:
-        return coefficients
-    return coefficients * torch.stack([stretch.amax() for stretch in stretches]).amax()
+def _known_factors(stats: Mapping[str, BlockStats]) -> dict[str, list[float]]:
+    found = {}
+    for name, of_block in stats.items():
+        if of_block.gram.device.type == "cpu":
+            longest = 1.0 if of_block.stretch is None else of_block.stretch.amax()
+            found[name] = (of_block.coefficients * longest).tolist()
+    return found
 
 
 def _cat_on(like: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
     return torch.cat([tensor.to(like.device) for tensor in tensors]) if tensors else None
-
-
-def sum_on_first_device(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of some tensors, on the device of the first."""
-    total = tensors[0]
-    for other in tensors[1:]:
-        total = total + other.to(total.device, non_blocking=True)
-    return total

@@ -114,7 +114,7 @@ class GradientIntegrator:
         self.has_integrated = False
         self._seen = Seen()
         self._differentiation = Differentiation()
-        self._reach = Reach()
+        self._reach, self._reach_at_features = Reach(), Reach()
         self._accumulated: GradAccumulator | None = None
         self._warned = False
         self._stood_still: dict[str, list[bool]] = {}
@@ -170,7 +170,7 @@ class GradientIntegrator:
             else:
                 at = Integration(self._options, processes, self._copies, at_features=True)
                 rows, plain, stats = rows_through(
-                    self._differentiation, backward, features, self._reach, at, seen
+                    self._differentiation, backward, features, self._reach_at_features, at, seen
                 )
         with torch.no_grad():
             accumulated = GradAccumulator(params, rows, plain, before)

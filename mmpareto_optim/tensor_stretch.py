@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmpareto_optim.norms import norms_of
 from mmpareto_optim.rows import ONE, combine
+from mmpareto_optim.rules import solver_dtype
 
 
 def combine_and_stretch(
@@ -37,4 +37,14 @@ def combine_and_stretch(
 
 
 def _norms(row: Tensor, sizes: Sequence[int]) -> Tensor:
-    return norms_of(row.split(list(sizes)))
+    """Norm of each parameter's part, in float64.
+
+    Squares of float32 numbers overflow and vanish in float32. On the CPU, where float64 takes
+    several times as long, it is used only if the norms in float32 are not all of a common size.
+    """
+    tensors, exact = row.split(list(sizes)), solver_dtype(row)
+    if row.device.type == "cpu":
+        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+        if bool(((norms > 1e-15) & (norms < 1e15)).all()):
+            return norms.to(exact)
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=exact) for tensor in tensors])

@@ -18,7 +18,7 @@ from tests.models import LateFusion, audio_visual_batch
 PACKAGE = Path(mmpareto_optim.__file__).parent
 FILES = 14
 """Of the package, that a plain step may enter."""
-OPERATIONS = {"cpu": 30, "meta": 100}
+OPERATIONS = {"cpu": 25, "meta": 60}
 """That may be issued beside the passes and the base's step, for two encoders of two losses each."""
 Batch = tuple[Tensor, Tensor, Tensor]
 
