@@ -25,13 +25,8 @@ class Backward:
     """One backward, of which all that was given is checked.
 
     Attributes:
-        losses: by name.
-        params: what is differentiated by.
-        processes: those that integrate as one.
-        constants: what these have in common, by the names of error messages.
-        retain_graph: whether the graph is needed again.
+        constants: what the processes have in common, by the names of error messages.
         accumulates: whether rows are needed after the step.
-        describe: a parameter's name for error messages.
     """
 
     losses: Losses
@@ -44,11 +39,7 @@ class Backward:
 
 
 class Differentiation:
-    """Differentiates one loss after the other; remembers what graphs turned out to be like.
-
-    Attributes:
-        is_first: whether there has been no backward yet.
-    """
+    """Differentiates one loss after the other; remembers what graphs turned out to be like."""
 
     def __init__(self) -> None:
         self.is_first = True
@@ -126,13 +117,8 @@ class ForeignMemory:
 
     It is not where a backward returns the same buffer each time, as that of
     ``make_graphed_callables`` does. A fresh tensor cannot have the address of one that is alive.
-    In the first backward all is copied, and such buffers are found.
-
-    Args:
-        backward: what is differentiated.
-        forms: what its parameters are.
-        reused: ids of the parameters whose gradients are in such buffers; added to.
-        learns: whether this is the first backward.
+    In the first backward, which learns, all is copied and such buffers are found: ``reused`` are
+    the ids of the parameters whose gradients are in one.
     """
 
     def __init__(
@@ -214,12 +200,8 @@ def by_autograd(
 ) -> Gradient:
     """The gradient of some outputs; None where they do not depend on a parameter.
 
-    Args:
-        outputs: what is differentiated.
-        params: leaf tensors and outputs of encoders.
-        others: leaves that are passed through as well, so that no part of the graph is left out.
-        along: gradients at the outputs that are not scalars.
-        retain_graph: whether the graph is needed again.
+    ``others`` are leaves that are passed through as well, so that no part of the graph is left
+    out, and ``along`` are the gradients at outputs that are not scalars.
     """
     targets = [*params, *others]
     if not targets:
@@ -272,16 +254,9 @@ def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
 def gradients_of(
     losses: Losses, params: Sequence[Tensor], describe: Describe
 ) -> dict[str, Gradient]:
-    """Differentiate each loss by the parameters, on this process.
+    """For each loss its gradient at the parameters, on this process; frees the graph.
 
-    Args:
-        losses: scalars with a graph, which is freed.
-        params: leaf tensors that require a gradient.
-        describe: a parameter's name for error messages.
-
-    Returns:
-        For each loss one gradient for each parameter. These tensors may share memory with
-        others that autograd handed out: they are to be read, not written.
+    These tensors may share memory with others that autograd handed out: they are to be read.
     """
     found = {}
     for name in reversed(list(losses)):

@@ -40,17 +40,9 @@ def rows_through(
 ) -> tuple[Rows, Row, dict[str, BlockStats]]:
     """Each loss's gradient down to the features, and the integrated one behind them.
 
-    Args:
-        differentiation: differentiates one loss after the other.
-        backward: what is differentiated.
-        features: the encoders' outputs, which the losses are computed from.
-        reach: what the losses have reached.
-        integration: how features are integrated.
-        seen: is told what was met with.
-
     Returns:
         The rows at the parameters that are behind no feature; the gradient of those that are,
-        which is added as it is; and what was seen at each feature.
+        which is added as it is; and the stats of each feature. ``seen`` is told of the blocks.
     """
     params, processes = backward.params, backward.processes
     paths = FeaturePaths(backward.losses, features, params, backward.describe)
@@ -68,7 +60,7 @@ def rows_through(
             found = differentiation.gradient_of(
                 backward, name, targets, paths.others_before, names[0]
             )
-            at, gradient = found[: len(outputs)], _spread(found, paths.heads, len(params))
+            at, gradient = found[: len(outputs)], paths.at_heads(found[len(outputs) :])
             del found
             given = processes.given_by_all(name, tuple(piece is not None for piece in at))
             rows_at[name] = flatten(forms_at, at, given, ())
@@ -105,22 +97,8 @@ def _integrated(
     return integration.integrate(seen.feature_blocks, list(rows), list(rows.values()))
 
 
-def _spread(found: Gradient, heads: Sequence[int], size: int) -> Gradient:
-    """What was found behind the features, by position of the parameter."""
-    gradient: Gradient = [None] * size
-    for position, piece in zip(heads, found[-len(heads) :] if heads else (), strict=True):
-        gradient[position] = piece
-    return gradient
-
-
 class FeaturePaths:
     """Which parameters are behind which feature, and the way through the encoders.
-
-    Args:
-        losses: scalars with a graph.
-        features: the encoders' outputs, which the losses are computed from.
-        params: leaf tensors that require a gradient.
-        describe: a parameter's name for error messages.
 
     Attributes:
         behind: for each feature the leaves that it is computed from.
@@ -137,17 +115,30 @@ class FeaturePaths:
         self, losses: Losses, features: Features, params: Sequence[Tensor], describe: Describe
     ) -> None:
         self.features = features
+        self._size = len(params)
         self.behind = _leaves_by_feature(features)
         stops = {edge_of(feature) for feature in features.values()}
         every = set[Tensor]().union(*self.behind.values())
         before: set[Tensor] = set()
         for name, loss in losses.items():
             leaves = leaves_of(edges_behind([edge_of(loss)], stops))
-            _check_not_around(name, leaves & every.intersection(params), features, describe)
+            for param in leaves & every.intersection(params):
+                raise ValueError(
+                    f"loss {name!r} reaches {describe(param)} around the features "
+                    f"{list(features)}: give the very tensors that the heads are called with, all "
+                    "of them, or leave features out for the exact gradients"
+                )
             before |= leaves
         self.heads = [i for i, param in enumerate(params) if param not in every]
         self.others_before = list(before.difference(params))
         self.others_behind = list(every.difference(params))
+
+    def at_heads(self, found: Gradient) -> Gradient:
+        """What was found for the heads, by position of the parameter."""
+        gradient: Gradient = [None] * self._size
+        for position, piece in zip(self.heads, found, strict=True):
+            gradient[position] = piece
+        return gradient
 
     def through_encoders(
         self, params: Sequence[Tensor], integrated: Sequence[Tensor], retain_graph: bool
@@ -163,17 +154,6 @@ class FeaturePaths:
             )
         except RuntimeError as error:
             raise_explained(error, f"features {list(self.features)}")
-
-
-def _check_not_around(
-    loss: str, leaves: set[Tensor], features: Features, describe: Describe
-) -> None:
-    for param in leaves:
-        raise ValueError(
-            f"loss {loss!r} reaches {describe(param)} around the features "
-            f"{list(features)}: give the very tensors that the heads are called "
-            "with, all of them, or leave features out for the exact gradients"
-        )
 
 
 def _leaves_by_feature(features: Features) -> dict[str, set[Tensor]]:

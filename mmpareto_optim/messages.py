@@ -108,12 +108,7 @@ class Seen:
 
 
 def block_table(seen: Seen, groups: Sequence[Mapping[str, Any]]) -> Blocks:
-    """The blocks of a backward.
-
-    Args:
-        seen: what it met with.
-        groups: dicts as ``torch.optim`` has them, which hold the parameters.
-    """
+    """The blocks of a backward, by the names that the groups have for parameters."""
     found = []
     for block in seen.feature_blocks:
         members = [param for param in seen.params if param in seen.behind[block.name]]
@@ -143,11 +138,7 @@ def _info(
 
 
 def warn_of_unheld(leaves: Mapping[Tensor, str]) -> None:
-    """One warning of parameters among the leaves that the losses reach and nobody holds.
-
-    Args:
-        leaves: what is behind the losses and not held, with the name of a loss.
-    """
+    """One warning of parameters that losses reach and nobody holds: leaves, each with a loss."""
     unheld = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
     if not unheld:
         return
@@ -163,22 +154,16 @@ def warn_of_unheld(leaves: Mapping[Tensor, str]) -> None:
 
 
 def warn_of_nothing_to_integrate(losses: int) -> None:
-    """One hint to who wrapped an optimizer and trains on as before.
-
-    Args:
-        losses: how many there were at most, 0 or 1.
-    """
-    if losses:
-        warn(
-            "this MMParetoOptimizer has stepped 10 times and was only ever given one loss, so "
-            'there is nothing to integrate: if the loss is a sum, give its terms, as in {"mm": '
-            'loss, "audio": audio_loss}'
-        )
-        return
-    warn(
-        "this MMParetoOptimizer has stepped 10 times and was never given losses, so it "
-        "does what its base does: call step(losses={...}), or backward({...}) and step()"
+    """One hint to a user who wrapped an optimizer and gave it no losses, or only one."""
+    one = (
+        "only ever given one loss, so there is nothing to integrate: if the loss is a sum, give "
+        'its terms, as in {"mm": loss, "audio": audio_loss}'
     )
+    none = (
+        "never given losses, so it does what its base does: call step(losses={...}), or "
+        "backward({...}) and step()"
+    )
+    warn(f"this MMParetoOptimizer has stepped 10 times and was {one if losses else none}")
 
 
 def warn_of_line_search(base: str) -> None:
@@ -206,18 +191,16 @@ def warn_of_small_gradient(block: str, stats: BlockStats) -> bool:
 
     Nearly opposite gradients of like lengths are multiplied as much, and not meant.
     """
-    factors = (
-        stats.coefficients if stats.stretch is None else stats.coefficients * stats.stretch.max()
-    )
-    norms, place = stats.norms, int(factors.argmax())
+    norms, place = stats.norms, int(stats.coefficients.argmax())
     if norms[place] > SMALL_NORM * norms.max():
         return False
+    stretch = 1.0 if stats.stretch is None else float(stats.stretch.max())
     warn(
-        f"block {block!r}: the gradient of loss {stats.objectives[place]!r} is so small that it "
-        f"is multiplied by {float(factors[place]):.1e}, as a common direction has to lower that "
-        "loss too. A term that is no task (an entropy bonus, a penalty) is better added to another "
-        'loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that is nearly '
-        "solved needs no more say, and a larger weight gives it less"
+        f"block {block!r}: the gradient of loss {stats.objectives[place]!r} is so small that it is "
+        f"multiplied by {float(stats.coefficients[place]) * stretch:.1e}, as a common direction "
+        "has to lower that loss too. A term that is no task (an entropy bonus, a penalty) is "
+        'better added to another loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that '
+        "is nearly solved needs no more say, and a larger weight gives it less"
     )
     return True
 
