@@ -33,7 +33,7 @@ from time import perf_counter, process_time
 import numpy as np
 import torch
 from methods import Step, backward_floor
-from models import mlp
+from models import mlp, resnet18
 from rich.progress import track
 from step_time import (
     commit_here,
@@ -116,6 +116,11 @@ def physics_informed(losses: int) -> Task:
     return Task(model, losses_of)
 
 
+def detector(losses: int) -> Task:
+    """A small detector's proportions: ResNet-18 under many losses, two images of 64 x 64."""
+    return heads_on(resnet18(3), 512, torch.randn(2, 3, 64, 64), losses)
+
+
 Case = tuple[Callable[[int], Task], int, int]
 """Builder, losses, rounds."""
 CASES: dict[str, Case] = {
@@ -128,6 +133,10 @@ CASES: dict[str, Case] = {
     "small mlp, 3 losses": (small_mlp, 3, 300),
     "small mlp, 20 losses": (small_mlp, 20, 100),
     "physics-informed, 3 losses": (physics_informed, 3, 60),
+    "detector, 3 losses": (detector, 3, 20),
+    "detector, 6 losses": (detector, 6, 12),
+    "detector, 12 losses": (detector, 12, 8),
+    "detector, 18 losses": (detector, 18, 6),
 }
 
 

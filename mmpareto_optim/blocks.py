@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Block:
     Attributes:
         name: the modality, or the objectives joined by ``+`` for a block found by reach.
         objectives: names of the losses that reach the block.
-        positions: where its parameters stand in the list of all parameters.
+        positions: of its parameters in the list of all.
         summed: whether it is what a choice by hand left out, which is not integrated.
         joined: names of the small blocks that are part of it.
     """
@@ -156,13 +157,7 @@ LargestOfAll = Callable[[Tensor], Tensor]
 
 
 class _Look(NamedTuple):
-    """Sizes of gradients that are on their way to the host.
-
-    Attributes:
-        pairs: whose they are.
-        sizes: on the host, once ``arrived``.
-        arrived: what is waited for, on a device.
-    """
+    """Sizes of gradients that are on their way to the host, and what tells that they arrived."""
 
     pairs: Sequence[Pair]
     sizes: Tensor
@@ -178,14 +173,14 @@ class _Settled(NamedTuple):
     """What is found again as long as the same losses give the same parameters a gradient."""
 
     keys: Sequence[object]
-    layouts: Mapping[str, Layout]
+    layouts: Sequence[tuple[str, Layout]]
     reached: Reached
 
-    def holds_for(self, keys: Sequence[object], layouts: Mapping[str, Layout]) -> bool:
+    def holds_for(self, keys: Sequence[object], layouts: Sequence[tuple[str, Layout]]) -> bool:
         return (
-            list(layouts.items()) == list(self.layouts.items())
+            layouts == self.layouts
             and len(keys) == len(self.keys)
-            and all(one is other for one, other in zip(keys, self.keys, strict=True))
+            and all(map(is_, keys, self.keys))
         )
 
 
@@ -208,14 +203,8 @@ class Reach:
     def of(
         self, rows: Mapping[str, Row], keys: Sequence[object], largest_of_all: LargestOfAll
     ) -> Reached:
-        """For each parameter the losses that reach it.
-
-        Args:
-            rows: by name of the loss.
-            keys: for each position what tells it from others: the parameter, say.
-            largest_of_all: from sizes on this process to those on all.
-        """
-        layouts = {name: row.layout for name, row in rows.items()}
+        """For each position the losses that reach it; keys tell positions apart, as parameters."""
+        layouts = [(name, row.layout) for name, row in rows.items()]
         if self._settled is not None and self._settled.holds_for(keys, layouts):
             return self._settled.reached
         if self._look is not None:
@@ -276,9 +265,7 @@ def _is_capturing() -> bool:
 def _largest_of(tensors: Sequence[Tensor]) -> Tensor:
     """The largest absolute value of each tensor, shape ``(tensors,)``; NaN for NaN."""
     device, exact = tensors[0].device, solver_dtype(tensors[0])
-    nothing = torch.zeros((), dtype=exact, device=device)
-    found = [
-        torch.linalg.vector_norm(tensor, math.inf) if tensor.numel() else nothing
-        for tensor in tensors
+    norms = [
+        torch.linalg.vector_norm(t if t.numel() else t.new_zeros(1), math.inf) for t in tensors
     ]
-    return torch.stack([size.to(device, exact) for size in found])
+    return torch.stack([norm.to(device, exact) for norm in norms])

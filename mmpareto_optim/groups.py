@@ -1,9 +1,8 @@
 """Parameters that are handled alike: of one block, with a gradient of the same losses."""
 
+from collections.abc import Hashable
 from functools import lru_cache
 from typing import NamedTuple
-
-import torch
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.rows import Layout, Span, spans_of
@@ -43,26 +42,18 @@ def groups_of(
         shares: for each parameter as in :class:`Group`; None for 1.
     """
     block_of = {i: number for number, block in enumerate(blocks) for i in block.positions}
-    members: dict[_GroupKey, list[int]] = {}
+    members: dict[tuple[int | None, tuple[int, ...], float, Hashable], list[int]] = {}
     for position, form in enumerate(layouts[0].forms):
         rows = tuple(i for i, layout in enumerate(layouts) if layout.given[position])
         share = 1.0 if shares is None else shares[position]
         if rows:
-            key = _GroupKey(block_of.get(position), rows, share, form.dtype, form.device)
+            key = (block_of.get(position), rows, share, (form.dtype, form.device))
             members.setdefault(key, []).append(position)
     groups = []
-    for key, positions in members.items():
-        objectives = () if key.block is None else blocks[key.block].objectives
+    for (block, rows, share, _), positions in members.items():
+        objectives = () if block is None else blocks[block].objectives
         in_rows = [losses.index(name) for name in objectives]
-        of_losses = tuple(key.rows.index(r) if r in key.rows else None for r in in_rows)
-        spans = spans_of([layouts[row] for row in key.rows], positions)
-        groups.append(Group(key.block, key.rows, of_losses, key.share, tuple(spans)))
+        of_losses = tuple(rows.index(row) if row in rows else None for row in in_rows)
+        spans = spans_of([layouts[row] for row in rows], positions)
+        groups.append(Group(block, rows, of_losses, share, tuple(spans)))
     return tuple(groups)
-
-
-class _GroupKey(NamedTuple):
-    block: int | None
-    rows: tuple[int, ...]
-    share: float
-    dtype: torch.dtype
-    device: torch.device
