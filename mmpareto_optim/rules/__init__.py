@@ -6,11 +6,19 @@ from torch import Tensor
 
 from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
 from mmpareto_optim.rules.config import config_coefficients
-from mmpareto_optim.rules.evaluation import applied_gamma, check_gamma, check_gram, solver_dtype
-from mmpareto_optim.rules.mmpareto import mmpareto_coefficients
-from mmpareto_optim.rules.named import NAMES, Rounding, coefficients_of_blocks, default_gamma
-from mmpareto_optim.rules.pareto import min_norm_weights, pareto_coefficients
-from mmpareto_optim.rules.uniform import uniform_coefficients
+from mmpareto_optim.rules.evaluation import applied_gamma, check_gamma, solver_dtype
+from mmpareto_optim.rules.mmpareto import (
+    min_norm_weights,
+    mmpareto_coefficients,
+    pareto_coefficients,
+)
+from mmpareto_optim.rules.named import (
+    NAMES,
+    Rounding,
+    coefficients_of_blocks,
+    default_gamma,
+    uniform_coefficients,
+)
 
 Rule = Callable[[Tensor], Tensor]
 """A Gram matrix ``(m, m)`` in, coefficients ``(m,)`` out."""
@@ -21,7 +29,6 @@ __all__ = [
     "Rule",
     "applied_gamma",
     "check_gamma",
-    "check_gram",
     "coefficients_of_blocks",
     "config_coefficients",
     "default_gamma",

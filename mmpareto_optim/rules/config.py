@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.evaluation import Array, Formulas, evaluate
+from mmpareto_optim.rules.evaluation import Array, Formulas, check_gram, of_stack
 from mmpareto_optim.rules.solver import EPS
 
 
@@ -22,33 +22,20 @@ def config_coefficients(gram: Tensor) -> Tensor:
     whose products with the unit gradients are nearest to 1, and the cosines may differ in size and
     sign. Where unit gradients cancel, as exactly opposite ones do, the result is zero.
 
-    The pseudo-inverse is found from the cosines ``C = U U'``, whose eigenvalues are the squares of
-    the singular values of ``U``. Those below ``16 m eps`` count as zero, for ``eps`` the machine
+    Eigenvalues of the cosines ``U U'`` below ``16 m eps`` count as zero, for ``eps`` the machine
     epsilon of ``gram.dtype``: of three or more gradients, two that are less than about
-    ``6 sqrt(m eps)`` radians apart (2e-7 in float64, 0.004 in float32) count as one.
-
-    Args:
-        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, symmetric up to rounding.
-
-    Returns:
-        Coefficients of shape ``(..., m)`` on the Gram matrix's device and in its dtype: 1 where at
-        most one gradient is not zero, NaN where the Gram matrix is not finite. A zero gradient's
-        own coefficient is the mean of the others'.
-
-    Raises:
-        ValueError, TypeError: as for :func:`min_norm_weights`.
+    ``6 sqrt(m eps)`` radians apart (2e-7 in float64, 0.004 in float32) count as one. Shapes, zero
+    and non-finite gradients and errors raised are those of :func:`mmpareto_coefficients`.
     """
-    eps = (
-        torch.finfo(gram.dtype).eps if isinstance(gram, Tensor) and gram.is_floating_point() else 0
-    )
-    return evaluate(config_formulas(eps), gram)
+    check_gram(gram)
+    return of_stack(gram, config_formulas(torch.finfo(gram.dtype).eps))
 
 
 def config_formulas(rounding: float) -> Formulas:
     """The rule for cosines with errors of ``rounding``."""
     rounding = max(rounding, EPS)
 
-    def of_two(ratio: Any, inverse: Any, cosine: Any, numbers: Any) -> Any:
+    def of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: Any) -> Any:
         # Along the sum of the unit gradients, half as often as both are long together.
         return numbers.masked_fill((1 + inverse) / 2, cosine <= 4 * rounding - 1, 0.0)
 
