@@ -4,20 +4,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mmpareto_optim.rules.cone import dualproj_coefficients, upgrad_coefficients
-from mmpareto_optim.rules.config import config_coefficients
 from mmpareto_optim.rules.evaluation import applied_gamma, check_gamma, solver_dtype
 from mmpareto_optim.rules.mmpareto import (
     min_norm_weights,
     mmpareto_coefficients,
     pareto_coefficients,
 )
-from mmpareto_optim.rules.named import (
-    NAMES,
-    Rounding,
-    coefficients_of_blocks,
-    default_gamma,
+from mmpareto_optim.rules.named import NAMES, Rounding, coefficients_of_blocks, default_gamma
+from mmpareto_optim.rules.others import (
+    config_coefficients,
+    dualproj_coefficients,
     uniform_coefficients,
+    upgrad_coefficients,
 )
 
 Rule = Callable[[Tensor], Tensor]

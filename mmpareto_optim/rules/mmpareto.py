@@ -22,44 +22,40 @@ def mmpareto_coefficients(
     direction, common to all objectives: ``gamma m sum_i alpha_i g_i``, stretched to at least the
     length of that sum. Three things that the paper leaves open:
 
-    * A zero gradient has no direction to respect: its loss counts as absent. A gradient that is
-      alone is taken as it is, without ``gamma``.
+    * A zero gradient's loss counts as absent; a gradient that is alone is taken without ``gamma``.
     * Close to a Pareto-stationary point the stretch would blow rounding errors up to full size.
       The weights are therefore found for cosines smaller by ``m * eps + written``, which keeps
       ``h . g_i >= 0`` true of the rounded ``h``, in conflict. Where no direction satisfies that
       (two gradients within ``2 sqrt(m * eps + written)`` radians of opposite: 0.001 in float32,
       0.13 written in bfloat16), the coefficients are zero, as for exactly opposite gradients.
-    * Without conflict the result is the plain sum, whatever becomes of it in rounding. The product
-      with a gradient that is ``1 / written`` times shorter than the others (256 times in bfloat16,
-      2**24 times in float32) can come out negative.
+    * Without conflict, the product of the rounded sum with a gradient that is ``1 / written`` times
+      shorter than the others (256 in bfloat16, 2**24 in float32) can come out negative.
 
     The stretch ends at ``2**120``, so that the coefficients are finite in float32 too; otherwise as
     exact as :func:`min_norm_weights`. Two gradients have a closed form, evaluated on their device
     without waiting for it. The matrices of more are copied to the host together and solved there.
 
     Args:
-        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, any real floating dtype,
-            any device, symmetric up to rounding. Batched over the leading dimensions.
+        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, of any real floating dtype,
+            symmetric up to rounding.
         gamma: factor on the result, positive; the authors' code uses 1.5.
-        eps: machine epsilon of the arithmetic that will combine the gradients; that of
-            ``gram.dtype`` if None.
+        eps: machine epsilon of the arithmetic that will combine the gradients; None: ``gram``'s.
         written: unit roundoff (half the machine epsilon) of the dtype to which the combination is
             rounded once more, 0 where it is not.
 
     Returns:
-        Coefficients ``c`` of ``h = sum_i c_i g_i``, shape ``(..., m)``, on the Gram
-        matrix's device and in its dtype: 1 where at most one gradient is not zero, NaN where the
-        Gram matrix is not finite. A zero gradient's own coefficient is the mean of the others'.
+        Coefficients ``c`` of ``h = sum_i c_i g_i``, shape ``(..., m)``, on the Gram matrix's device
+        and in its dtype: 1 where at most one gradient is not zero, NaN where the Gram matrix is not
+        finite. A zero gradient's own coefficient is the mean of the others'.
 
     Raises:
-        ValueError: ``gram`` is not a stack of square matrices with ``m >= 1``, or ``gamma`` is not
-            positive and finite.
+        ValueError: ``gram`` is no stack of square matrices, or ``gamma`` not positive and finite.
         TypeError: ``gram`` is not a real floating-point tensor.
     """
     check_gram(gram)
     check_gamma(gamma)
     eps = torch.finfo(gram.dtype).eps if eps is None else eps
-    return of_stack(gram, mmpareto_formulas(eps, written), gamma)
+    return of_stack(gram, formulas(eps, written), gamma)
 
 
 @torch.no_grad()
@@ -72,15 +68,12 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     (Désidéri 2012; Sener & Koltun 2018, Section 3.2).
 
     Exact for the matrix that is given: ``p . g_i >= ||p||^2`` holds up to about ``8 m 2**-52`` of
-    ``||g_i|| sum_j alpha_j ||g_j||``, however many gradients depend on each other. What inner
-    products have rounded before is lost, and near-opposite gradients turn it into the root of that
-    of their length. A matrix that rounding has left with a negative eigenvalue counts as one with
-    a diagonal larger by about the size of it. The squares of gradients longer than 1e154 or
-    shorter than 1e-162 are no numbers of float64.
+    ``||g_i|| sum_j alpha_j ||g_j||``, however many gradients depend on each other. A matrix that
+    rounding has left with a negative eigenvalue counts as one with a diagonal larger by about the
+    size of it. Squares of gradients longer than 1e154 or shorter than 1e-162 are no float64 numbers.
 
     Shapes and errors raised are those of :func:`mmpareto_coefficients`. Where the minimiser is not
-    unique, one of them; several zero gradients share the weight. NaN where the Gram matrix is not
-    finite.
+    unique, one of them; zero gradients share the weight. NaN where the Gram matrix is not finite.
     """
     weights = pareto_coefficients(gram) / gram.shape[-1]
     # A zero gradient is itself the min-norm point.
@@ -111,11 +104,10 @@ def _weight_of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: 
 def _weights_of_many(cosines: Array, lengths: Array, margin: float = 0.0) -> Array:
     """The min-norm weights times their number; each cosine is taken smaller by ``margin``.
 
-    With ``x_i`` proportional to ``alpha_i ||g_i||``, with the cosines C and with ``b_i``
-    proportional to ``1 / ||g_i||``, the weights are those of the minimiser of
-    ``x' C x + (b . x - 1)^2``, up to their sum: along a ray of fixed weights only the length of
+    With ``x_i ~ alpha_i ||g_i||``, the cosines C and ``b_i ~ 1 / ||g_i||``, those of the minimiser
+    of ``x' C x + (b . x - 1)^2``, up to their sum: along a ray of fixed weights only the length of
     ``x`` is left to choose, and the best value grows with the norm of the point. The conditioning
-    depends on the angles alone, not on the lengths.
+    depends on the angles alone.
     """
     inverse = lengths.min() / lengths
     matrix = cosines - margin + inverse[:, None] * inverse
@@ -126,19 +118,18 @@ def _weights_of_many(cosines: Array, lengths: Array, margin: float = 0.0) -> Arr
 PARETO = Formulas(_weight_of_two, _weights_of_many)
 
 
-def mmpareto_formulas(eps: float, rounding: float) -> Formulas:
+def formulas(eps: float, rounding: float) -> Formulas:
     """The rule for cosines that are taken smaller by ``margin = m * eps + rounding``."""
     margin = 2 * eps + rounding
 
     def of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: Any) -> Any:
         """In closed form, with nothing in it that cancels but ``1 + cosine``.
 
-        With lengths in units of the root of their product, the squares are ``ratio`` and
-        ``inverse`` and the inner product is ``c``, the cosine. The pessimistic weights are
-        ``a_i = (1 - margin) s_j + margin - c``, with the square ``s_j`` of the other;
-        ``h = sum_i a_i g_i`` has a square of ``(1 - c) (room sum_i a_i + margin (1 - c) size)``,
-        where ``size = s_1 + s_2 + 2``, and ``room = 1 + c - 2 margin`` is negative where no
-        direction has that margin.
+        In units of the root of the lengths' product, the squares are ``s_1 = ratio`` and ``s_2 =
+        inverse`` and the inner product is ``c``, the cosine. The pessimistic weights are ``a_i =
+        (1 - margin) s_j + margin - c``, with ``s_j`` the other's; ``sum_i a_i g_i`` has a square of
+        ``(1 - c) (room sum_i a_i + margin (1 - c) size)``, where ``size = s_1 + s_2 + 2``, and
+        ``room = 1 + c - 2 margin`` is negative where no direction has that margin.
         """
         distance = 1 - cosine
         room = cosine + (1 - 2 * margin)
@@ -151,10 +142,7 @@ def mmpareto_formulas(eps: float, rounding: float) -> Formulas:
         found = numbers.masked_fill(scale * weight, room < 0, 0.0)
         return numbers.masked_fill(found, cosine >= 0, 1.0)
 
-    def of_many(cosines: Array, lengths: Array) -> Array:
-        return _of_many(cosines, lengths, len(lengths) * eps + rounding)
-
-    return Formulas(of_two, of_many)
+    return Formulas(of_two, lambda c, lengths: _of_many(c, lengths, len(c) * eps + rounding))
 
 
 def _of_many(cosines: Array, lengths: Array, margin: float) -> Array:
@@ -167,34 +155,30 @@ def _of_many(cosines: Array, lengths: Array, margin: float) -> Array:
         products, reach = cosines @ shares, float(shares.sum())
         along = products.tolist()
         if min(along) >= (margin - len(lengths) / 2 * EPS) * reach:
-            break
+            sum_square, square = units @ cosines @ units, shares @ products
+            stretch = (sum_square / square) ** 0.5 if sum_square > square else 1.0
+            return np.asarray(weights * min(stretch, LONGEST_STRETCH))
         # For any x >= 0, some product of x is below the margin if all of the shares are.
         if max(along) < margin * reach:
-            return np.zeros(len(lengths))
-    else:
-        return np.zeros(len(lengths))
-    sum_square, square = units @ cosines @ units, shares @ products
-    stretch = (sum_square / square) ** 0.5 if sum_square > square else 1.0
-    return np.asarray(weights * min(stretch, LONGEST_STRETCH))
+            break
+    return np.zeros(len(lengths))
 
 
 def _candidates(cosines: Array, lengths: Array, margin: float) -> Iterator[Array]:
     """Weights that may have the margin; if the last ones have not, none have."""
-    # Beside the margin, room for the solver's own rounding.
-    yield _weights_of_many(cosines, lengths, margin + 8 * len(lengths) * EPS)
+    size = len(lengths)
+    yield _weights_of_many(cosines, lengths, margin + 8 * size * EPS)  # and the solver's rounding
     # The min-norm point may be made of gradients so opposite that it drowns in their rounding, and
     # lie where others lead by themselves: x >= 0 of the least sum with C x >= 1, and its dual.
-    size = len(lengths)
     zero, one = np.zeros((size, size)), np.ones(size)
     program = np.block([[zero, -cosines], [cosines, zero]])
     weights = nonnegative_minimum(program, np.append(-one, one))[:size] / lengths
-    # It is as long as it is stretched to be.
-    yield np.asarray(weights / weights.sum() * EPS)
+    yield np.asarray(weights / weights.sum() * EPS)  # as long as they are stretched to be
 
 
 def _unstretched_of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: Any) -> Any:
-    weight = _weight_of_two(ratio, inverse, cosine, square, numbers)
-    return numbers.masked_fill(weight, cosine > 0, 1.0)
+    found = _weight_of_two(ratio, inverse, cosine, square, numbers)
+    return numbers.masked_fill(found, cosine > 0, 1.0)
 
 
 def _unstretched_of_many(cosines: Array, lengths: Array) -> Array:

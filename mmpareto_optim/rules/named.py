@@ -7,16 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules.cone import DUALPROJ, UPGRAD
-from mmpareto_optim.rules.config import config_formulas
-from mmpareto_optim.rules.evaluation import (
-    Formulas,
-    applied_gamma,
-    check_gram,
-    evaluate,
-    solver_dtype,
-)
-from mmpareto_optim.rules.mmpareto import PARETO, UNSTRETCHED, mmpareto_formulas
+from mmpareto_optim.rules import mmpareto, others
+from mmpareto_optim.rules.evaluation import Formulas, applied_gamma, evaluate, solver_dtype
 
 NAMES = ("mmpareto", "pareto", "uniform", "config", "upgrad", "dualproj")
 
@@ -37,15 +29,6 @@ class Rounding(NamedTuple):
 def default_gamma(integration: object) -> float:
     """The factor on the result where the user names none: the authors' for their own rule."""
     return 1.5 if integration == "mmpareto" else 1.0
-
-
-def uniform_coefficients(gram: Tensor) -> Tensor:
-    """Coefficients of the plain sum ``sum_i g_i`` (the *uniform baseline*): ones.
-
-    Shapes and errors raised are those of :func:`mmpareto_coefficients`.
-    """
-    check_gram(gram)
-    return torch.ones_like(gram[..., 0])
 
 
 def coefficients_of_blocks(
@@ -82,6 +65,8 @@ def _uniform(gram: Tensor, gamma: float) -> Tensor:
 @lru_cache
 def _formulas(name: str, rounding: Rounding, stretched: bool) -> Formulas:
     if name == "mmpareto" and stretched:
-        return mmpareto_formulas(rounding.combined, rounding.written + rounding.products)
-    fixed = {"mmpareto": UNSTRETCHED, "pareto": PARETO, "upgrad": UPGRAD, "dualproj": DUALPROJ}
-    return fixed[name] if name in fixed else config_formulas(rounding.products)
+        return mmpareto.formulas(rounding.combined, rounding.written + rounding.products)
+    if name == "config":
+        return others.config_formulas(rounding.products)
+    fixed = (mmpareto.UNSTRETCHED, mmpareto.PARETO, others.UPGRAD, others.DUALPROJ)
+    return dict(zip(("mmpareto", "pareto", "upgrad", "dualproj"), fixed, strict=True))[name]

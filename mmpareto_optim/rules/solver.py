@@ -1,7 +1,5 @@
 """Quadratic problems in non-negative numbers: the one solver behind all rules."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from mmpareto_optim.rules.evaluation import Array
@@ -15,41 +13,32 @@ MAX_ATTEMPTS = 40  # more than enough: at last, nothing but the diagonal counts
 def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     """The ``x >= 0`` with ``A x >= q`` and ``x' (A x - q) = 0``, shape ``(m,)``.
 
-    For a matrix A that is symmetric, ``(m, m)``, with a diagonal of order 1, and a target q. Where
-    A is positive semidefinite, a minimiser of ``x' A x / 2 - q' x`` subject to ``x >= 0``; where it
-    is positive on ``x >= 0``, a point where the conditions for one hold. NaN if A or q is not
-    finite.
+    For a symmetric A with a diagonal of order 1 and a target q. A minimiser of
+    ``x' A x / 2 - q' x`` on ``x >= 0`` where A is positive semidefinite; where it is positive on
+    ``x >= 0``, a point where the conditions for one hold. NaN if A or q is not finite.
 
-    Exact for the matrix as it is given, up to rounding: the conditions hold to
-    ``8 m eps (sum(x) + max(q))``, with ``eps = 2**-52``. Where rounding leads astray, as it does
-    among gradients that depend on each other, the diagonal is made larger by ``4 m eps``, which the
-    same bound allows for. Where that is not enough, it is made larger by what makes A positive,
-    then by 4 times as much, and so on, and the conditions hold to twice what was added.
+    The conditions hold for the matrix as it is given to ``8 m eps (sum(x) + max(q))``, with ``eps =
+    2**-52``. Where rounding leads astray, as it does among gradients that depend on each other, the
+    diagonal is made larger by ``4 m eps``, which the bound allows for. Where that is not enough, by
+    what makes A positive, then by 4 times as much and so on: they hold to twice what was added.
     """
     if max(target.tolist()) <= 0:
         return np.zeros(len(target))
-    for x, tolerance in _attempts(matrix, target):
-        if x is not None and _is_optimal(matrix, target, x, tolerance):
-            return x
+    small, lowest, regular = 4 * len(target) * EPS, 0.0, matrix
+    for attempt in range(MAX_ATTEMPTS):
+        for method in (_block_pivoting, _lemke):
+            x = method(regular, target)
+            if x is not None and _is_optimal(matrix, target, x, 2 * small):
+                return x
+        if attempt:
+            lowest = lowest or float(np.linalg.eigvalsh(matrix)[0])
+            small = max(4 * small, -lowest)
+        regular = matrix + small * np.eye(len(target))
     return np.full(len(target), np.nan)
 
 
-def _attempts(matrix: Array, target: Array) -> Iterator[tuple[Array | None, float]]:
-    """What may be a solution, and how exact it has to be for the matrix as it is given."""
-    small = 4 * len(target) * EPS
-    yield _block_pivoting(matrix, target), 2 * small
-    lowest = 0.0
-    for _ in range(MAX_ATTEMPTS):
-        regular = matrix + small * np.eye(len(target))
-        yield _block_pivoting(regular, target), 2 * small
-        yield _lemke(regular, target), 2 * small
-        lowest = lowest or float(np.linalg.eigvalsh(matrix)[0])
-        small = max(4 * small, -lowest)
-
-
 def _is_optimal(matrix: Array, target: Array, x: Array, tolerance: float) -> bool:
-    # Numbers of Python: for so few, each reduction in NumPy takes longer than all of this.
-    values = x.tolist()
+    values = x.tolist()  # for so few numbers, each reduction in NumPy takes longer than all of this
     allowed = tolerance * (sum(values) + max(target.tolist()))
     residuals = zip((matrix @ x - target).tolist(), values, strict=True)
     return all((abs(r) if value > 0 else -r) <= allowed for r, value in residuals)
@@ -93,9 +82,8 @@ def _lemke(matrix: Array, target: Array) -> Array | None:
     ``z``, for which the entries of ``d`` have no common measure: the path ends at ``z = 0`` or, if
     ``A`` is not positive on ``x >= 0``, nowhere (None).
     """
-    size = len(target)
+    size, free = len(target), np.zeros(len(target), dtype=bool)
     slope = 1 + np.modf(np.arange(size) * 0.6180339887498949)[0]
-    free = np.zeros(size, dtype=bool)
     changed = int((target / slope).argmax())
     z = target[changed] / slope[changed]
     free[changed] = True
