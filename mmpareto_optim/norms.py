@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules import solver_dtype
+from mmpareto_optim.rules.evaluation import solver_dtype
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mmpareto_optim.rules import NAMES, Rule, check_gamma, default_gamma
+from mmpareto_optim.rules.evaluation import check_gamma
+from mmpareto_optim.rules.named import NAMES, Rule, default_gamma
 
 RuleChoice = str | Rule
 """The name of a rule, or a function from a Gram matrix ``(m, m)`` to coefficients ``(m,)``."""

@@ -17,10 +17,9 @@ Array = NDArray[Any]
 class Formulas(NamedTuple):
     """A rule for gradients of which none is zero, without gamma.
 
-    ``of_two`` has the coefficient of one of two gradients, from its length over the other's, the
-    inverse of that, their cosine, the square of their sum over the product of their lengths, and
-    what computes with these: ``torch``, or ``FLOATS``. ``of_many`` has those ``(m,)`` of more, from
-    their cosines ``(m, m)``, with a diagonal of 1, and their lengths ``(m,)``.
+    ``of_two``: the coefficient of one of two, from its length over the other's, the inverse of
+    that, their cosine, the square of their sum over the product of their lengths, and what computes
+    with these, ``torch`` or ``FLOATS``. ``of_many``: those of more, from cosines and lengths.
     """
 
     of_two: Callable[[Any, Any, Any, Any, Any], Any]
@@ -39,27 +38,24 @@ FLOATS = SimpleNamespace(
 
 
 def of_stack(gram: Tensor, formulas: Formulas, gamma: float = 1.0) -> Tensor:
-    """Coefficients ``(..., m)`` of Gram matrices ``(..., m, m)``, on their device, in their dtype.
-
-    Raises ValueError or TypeError if ``gram`` is not a stack of square, real matrices.
-    """
+    """As :func:`evaluate` for one stack, if it is one of square, real matrices; in its dtype."""
     check_gram(gram)
     return evaluate([gram], [formulas], gamma)[0].to(gram.dtype)
 
 
 def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
-    """``gamma`` times the coefficients of stacks of Gram matrices, in ``solver_dtype``.
+    """``gamma`` times the coefficients ``(..., m)`` of Gram matrices ``(..., m, m)``, in float64.
 
     A matrix in the host's memory takes microseconds. Elsewhere two gradients take a few operations
-    for all stacks of a formula, and nothing waits; what is larger is copied to the host and back,
-    all of a device at once.
+    for all stacks of a formula, and nothing waits; more are copied to the host and back, all of a
+    device at once.
     """
     found: dict[int, Tensor] = {}
     together: dict[tuple[object, ...], list[int]] = {}
     for index, (gram, formula) in enumerate(zip(grams, formulas, strict=True)):
         size = gram.shape[-1]
         if gram.is_cpu and gram.ndim == 2 and type(gram) is Tensor:
-            # A pair is handed over as lists: NumPy alone would take as long as the rule.
+            # NumPy alone would take as long as a pair's closed form.
             matrix = gram.tolist() if size == 2 else gram.detach().double().numpy()
             found[index] = torch.from_numpy(np.array(of_one(matrix, formula, gamma)))
         elif size == 1 or (gram.is_meta and size > 2):
@@ -78,20 +74,16 @@ def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float
 
 
 def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
-    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device; nothing waits for it.
-
-    Divided by the product of the two lengths, a Gram matrix holds their ratio, its inverse and
-    their cosine: nothing overflows or vanishes.
-    """
+    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device; nothing waits for it."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
+    # Over the product of the lengths, so that nothing overflows or vanishes.
     product = squares.sqrt().prod(-1, keepdim=True)
     scaled = gram / product.unsqueeze(-1)
     ratios, cosine = scaled.diagonal(dim1=-2, dim2=-1), scaled[..., :1, 1]
     # First a gradient's product with the sum: where the sum is short, these are exact.
     square = scaled.sum(-1).sum(-1, keepdim=True)
     found = gamma * formulas.of_two(ratios, ratios.flip(-1), cosine, square, torch)
-    # NaN where the Gram matrix is not finite.
-    found = torch.add(found, square, alpha=0)
+    found = torch.add(found, square, alpha=0)  # NaN where the Gram matrix is not finite
     return found.masked_fill((squares <= 0).any(-1, keepdim=True), 1.0)
 
 
@@ -129,7 +121,7 @@ def of_one(gram: Any, formulas: Formulas, gamma: float) -> Any:
     """Coefficients of one Gram matrix ``(m, m)`` of float64 numbers; of a pair in lists as well.
 
     A zero gradient counts as absent. It takes the mean of the others' coefficients, which changes
-    neither the combination nor the mean of the coefficients, which ``BlockStats.scale`` is.
+    neither the combination nor ``BlockStats.scale``.
     """
     size = len(gram)
     if size == 2:

@@ -23,17 +23,17 @@ def mmpareto_coefficients(
     length of that sum. Three things that the paper leaves open:
 
     * A zero gradient's loss counts as absent; a gradient that is alone is taken without ``gamma``.
-    * Close to a Pareto-stationary point the stretch would blow rounding errors up to full size.
-      The weights are therefore found for cosines smaller by ``m * eps + written``, which keeps
-      ``h . g_i >= 0`` true of the rounded ``h``, in conflict. Where no direction satisfies that
-      (two gradients within ``2 sqrt(m * eps + written)`` radians of opposite: 0.001 in float32,
-      0.13 written in bfloat16), the coefficients are zero, as for exactly opposite gradients.
+    * Close to a Pareto-stationary point the stretch would blow rounding errors up. The weights are
+      therefore found for cosines smaller by ``m * eps + written``, which keeps ``h . g_i >= 0``
+      true of the rounded ``h``, in conflict. Where no direction satisfies that (two gradients
+      within ``2 sqrt(m * eps + written)`` radians of opposite: 0.001 in float32, 0.13 written in
+      bfloat16), the coefficients are zero, as for exactly opposite gradients.
     * Without conflict, the product of the rounded sum with a gradient that is ``1 / written`` times
       shorter than the others (256 in bfloat16, 2**24 in float32) can come out negative.
 
-    The stretch ends at ``2**120``, so that the coefficients are finite in float32 too; otherwise as
-    exact as :func:`min_norm_weights`. Two gradients have a closed form, evaluated on their device
-    without waiting for it. The matrices of more are copied to the host together and solved there.
+    The stretch ends at ``2**120``, for coefficients finite in float32; otherwise it is as exact as
+    :func:`min_norm_weights`. Two gradients have a closed form, evaluated on their device without
+    waiting for it. The matrices of more are copied to the host together and solved there.
 
     Args:
         gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, of any real floating dtype,
@@ -62,18 +62,16 @@ def mmpareto_coefficients(
 def min_norm_weights(gram: Tensor) -> Tensor:
     """Simplex weights of the shortest vector in the convex hull of the gradients.
 
-    Solves ``min ||sum_i alpha_i g_i||`` subject to ``alpha_i >= 0`` and ``sum_i alpha_i = 1``. The
-    minimiser ``p`` satisfies ``p . g_i >= ||p||^2`` for every ``i``, so ``-p`` is a descent
-    direction common to all objectives, and ``p = 0`` exactly at a Pareto-stationary point
-    (Désidéri 2012; Sener & Koltun 2018, Section 3.2).
+    ``p = sum_i alpha_i g_i`` with ``alpha_i >= 0`` and ``sum_i alpha_i = 1``. It satisfies
+    ``p . g_i >= ||p||^2`` for every ``i``, so ``-p`` is a descent direction common to all, and zero
+    exactly at a Pareto-stationary point (Désidéri 2012; Sener & Koltun 2018, Section 3.2).
 
     Exact for the matrix that is given: ``p . g_i >= ||p||^2`` holds up to about ``8 m 2**-52`` of
     ``||g_i|| sum_j alpha_j ||g_j||``, however many gradients depend on each other. A matrix that
     rounding has left with a negative eigenvalue counts as one with a diagonal larger by about the
-    size of it. Squares of gradients longer than 1e154 or shorter than 1e-162 are no float64 numbers.
-
-    Shapes and errors raised are those of :func:`mmpareto_coefficients`. Where the minimiser is not
-    unique, one of them; zero gradients share the weight. NaN where the Gram matrix is not finite.
+    size of it. Squares of gradients longer than 1e154 or shorter than 1e-162 leave float64. Shapes
+    and errors raised are those of :func:`mmpareto_coefficients`. Where the minimiser is not unique,
+    one of them; zero gradients share the weight. NaN where the Gram matrix is not finite.
     """
     weights = pareto_coefficients(gram) / gram.shape[-1]
     # A zero gradient is itself the min-norm point.
@@ -125,11 +123,10 @@ def formulas(eps: float, rounding: float) -> Formulas:
     def of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: Any) -> Any:
         """In closed form, with nothing in it that cancels but ``1 + cosine``.
 
-        In units of the root of the lengths' product, the squares are ``s_1 = ratio`` and ``s_2 =
-        inverse`` and the inner product is ``c``, the cosine. The pessimistic weights are ``a_i =
-        (1 - margin) s_j + margin - c``, with ``s_j`` the other's; ``sum_i a_i g_i`` has a square of
-        ``(1 - c) (room sum_i a_i + margin (1 - c) size)``, where ``size = s_1 + s_2 + 2``, and
-        ``room = 1 + c - 2 margin`` is negative where no direction has that margin.
+        In units of the root of the lengths' product, ``c`` for the cosine, the pessimistic weights
+        are ``a_i = (1 - margin) s_j + margin - c``, with ``s_j`` the square of the other;
+        ``sum_i a_i g_i`` has the square ``(1 - c) (room sum_i a_i + margin (1 - c) size)``, where
+        ``size = s_1 + s_2 + 2``; ``room = 1 + c - 2 margin < 0`` where no direction has the margin.
         """
         distance = 1 - cosine
         room = cosine + (1 - 2 * margin)

@@ -1,6 +1,6 @@
 """The rules that have a name, as ``integration=`` takes it, for all blocks of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,15 +10,17 @@ from torch import Tensor
 from mmpareto_optim.rules import mmpareto, others
 from mmpareto_optim.rules.evaluation import Formulas, applied_gamma, evaluate, solver_dtype
 
+Rule = Callable[[Tensor], Tensor]
+"""A Gram matrix ``(m, m)`` in, coefficients ``(m,)`` out."""
 NAMES = ("mmpareto", "pareto", "uniform", "config", "upgrad", "dualproj")
 
 
 class Rounding(NamedTuple):
     """What rounding does to a block, which "mmpareto" keeps clear of in conflict.
 
-    The machine epsilon of the arithmetic in which gradients are combined; the unit roundoff of the
-    dtype that this is ``written`` in, 0 if that is the same; a bound of the error of the Gram
-    matrix's ``products``, over those of the gradients' norms.
+    The machine epsilon of the arithmetic that combines gradients; the unit roundoff of the dtype
+    that the result is rounded to once more, 0 if it is not; a bound of the error of an entry of the
+    Gram matrix, over the product of the two gradients' norms.
     """
 
     combined: float
@@ -42,9 +44,8 @@ def coefficients_of_blocks(
     """``gamma`` times the coefficients ``(m,)`` of a named rule, for each of some blocks.
 
     From Gram matrices ``(m, m)`` on any device; there, in float64 (float32 on mps). Where at most
-    one gradient is not zero they are 1, without ``gamma``. ``roundings`` says what rounding does to
-    each block, ``stretched=False`` is "mmpareto" before a stretch tensor by tensor. ValueError for
-    an unknown name.
+    one gradient is not zero they are 1, without ``gamma``. ``roundings`` are those of each block,
+    ``stretched=False`` is "mmpareto" before a stretch tensor by tensor.
     """
     if name not in NAMES:
         raise ValueError(f"integration must be one of {', '.join(NAMES)}, got {name!r}")
@@ -68,5 +69,5 @@ def _formulas(name: str, rounding: Rounding, stretched: bool) -> Formulas:
         return mmpareto.formulas(rounding.combined, rounding.written + rounding.products)
     if name == "config":
         return others.config_formulas(rounding.products)
-    fixed = (mmpareto.UNSTRETCHED, mmpareto.PARETO, others.UPGRAD, others.DUALPROJ)
-    return dict(zip(("mmpareto", "pareto", "upgrad", "dualproj"), fixed, strict=True))[name]
+    fixed = {"pareto": mmpareto.PARETO, "upgrad": others.UPGRAD, "dualproj": others.DUALPROJ}
+    return fixed.get(name, mmpareto.UNSTRETCHED)

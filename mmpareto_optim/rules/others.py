@@ -57,11 +57,8 @@ def _dualproj_of_many(cosines: Array, lengths: Array) -> Array:
 
 def _upgrad_of_many(cosines: Array, lengths: Array) -> Array:
     # A gradient that opposes none is its own projection: the solver returns zeros at once.
-    added = [
-        nonnegative_minimum(cosines, -row) * (length / lengths)
-        for row, length in zip(cosines, lengths, strict=True)
-    ]
-    return np.asarray(1 + np.sum(added, axis=0))
+    added = np.array([nonnegative_minimum(cosines, -row) for row in cosines])
+    return np.asarray(1 + (lengths[:, None] / lengths * added).sum(0))
 
 
 # Of two, the sum opposes at most one, the shorter: what is left is orthogonal to it.
@@ -72,7 +69,7 @@ UPGRAD = Formulas(lambda r, _, c, __, numbers: 1 + numbers.clamp(-c / r, min=0.0
 def config_coefficients(gram: Tensor) -> Tensor:
     """Coefficients of ConFIG (Liu, Chu & Thuerey 2025, arXiv 2408.11104, Equation 2).
 
-    With the unit gradients as the rows of ``U``: ``v = pinv(U) 1, h = (sum_i g_i . v) v / ||v||^2``.
+    ``v = pinv(U) 1, h = (sum_i g_i . v) v / ||v||^2``, with the unit gradients as the rows of U.
     Linearly independent gradients all have the same, positive cosine with ``h``, and ``||h||`` is
     the sum of their projections on it. Of dependent ones ``v`` is the shortest vector of those
     whose products with the unit gradients are nearest to 1, and the cosines may differ in size and

@@ -28,7 +28,7 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     for attempt in range(MAX_ATTEMPTS):
         for method in (_block_pivoting, _lemke):
             x = method(regular, target)
-            if x is not None and _is_optimal(matrix, target, x, 2 * small):
+            if _is_optimal(matrix, target, x, 2 * small):
                 return x
         if attempt:
             lowest = lowest or float(np.linalg.eigvalsh(matrix)[0])
@@ -41,11 +41,11 @@ def _is_optimal(matrix: Array, target: Array, x: Array, tolerance: float) -> boo
     values = x.tolist()  # for so few numbers, each reduction in NumPy takes longer than all of this
     allowed = tolerance * (sum(values) + max(target.tolist()))
     residuals = zip((matrix @ x - target).tolist(), values, strict=True)
-    return all((abs(r) if value > 0 else -r) <= allowed for r, value in residuals)
+    return all(v >= 0 and (abs(r) if v > 0 else -r) <= allowed for r, v in residuals)
 
 
-def _solve(matrix: Array, right: Array, free: Array) -> Array | None:
-    """Zero but on the free indices, where the equations hold; None if they are singular."""
+def _solve(matrix: Array, right: Array, free: Array) -> Array:
+    """Zero but on the free indices, where the equations hold; NaN if they are singular."""
     try:
         if all(free.tolist()):
             return np.linalg.solve(matrix, right)
@@ -53,10 +53,10 @@ def _solve(matrix: Array, right: Array, free: Array) -> Array | None:
         x[free] = np.linalg.solve(matrix[free][:, free], right[free])
         return x
     except np.linalg.LinAlgError:
-        return None
+        return np.full_like(right, np.nan)
 
 
-def _block_pivoting(matrix: Array, target: Array) -> Array | None:
+def _block_pivoting(matrix: Array, target: Array) -> Array:
     """All indices that violate a condition change at once, which mostly ends soon, or in circles.
 
     Kostreva (1978); Portugal, Júdice & Vicente (1994).
@@ -64,34 +64,29 @@ def _block_pivoting(matrix: Array, target: Array) -> Array | None:
     free = target > 0
     for _ in range(BLOCK_ITERATIONS):
         x = _solve(matrix, target, free)
-        if x is None:
-            return None
         violated = np.where(free, x, matrix @ x - target) < 0
         if not any(violated.tolist()):
-            return x
+            break
         free ^= violated
-    return None
+    return x
 
 
-def _lemke(matrix: Array, target: Array) -> Array | None:
+def _lemke(matrix: Array, target: Array) -> Array:
     """Lemke's method (1965; Cottle, Pang & Stone 1992, Algorithm 4.4.5), with a solve a step.
 
     Follows ``x(z) >= 0``, with ``w(z) = A x - q + z d >= 0`` and no ``i`` where both are positive,
     from a ``z`` so large that ``x = 0`` down to ``z = 0``, one index after the other becoming free
-    (``w_i = 0``) or ceasing to be. No set comes twice, as long as no two indices change at the same
-    ``z``, for which the entries of ``d`` have no common measure: the path ends at ``z = 0`` or, if
-    ``A`` is not positive on ``x >= 0``, nowhere (None).
+    (``w_i = 0``) or not. No set comes twice as long as no two change at one ``z``, for which the
+    entries of ``d`` have no common measure: the path ends, at what solves if A is positive.
     """
     size, free = len(target), np.zeros(len(target), dtype=bool)
     slope = 1 + np.modf(np.arange(size) * 0.6180339887498949)[0]
     changed = int((target / slope).argmax())
     z = target[changed] / slope[changed]
-    free[changed] = True
     right = np.stack([-target, slope], axis=1)
     for _ in range(LEMKE_ITERATIONS * size):
+        free[changed] = not free[changed]
         solved = _solve(matrix, -right, free)
-        if solved is None:
-            return None
         # Both x on the free indices and w on the others, as value + z rate.
         value, rate = np.where(free[:, None], solved, right + matrix @ solved).T
         # What has just changed is zero, and has to grow.
@@ -101,10 +96,7 @@ def _lemke(matrix: Array, target: Array) -> Array | None:
         steps = np.full(size, np.inf)
         steps[falling] = np.maximum(value + z * rate, 0)[falling] / np.abs(rate[falling])
         changed = int(steps.argmin())
-        if direction < 0 and z <= steps[changed]:
-            return np.where(free, np.maximum(value, 0), 0)
-        if steps[changed] == np.inf:
-            return None
+        if steps[changed] == np.inf or (direction < 0 and z <= steps[changed]):
+            break
         z += direction * steps[changed]
-        free[changed] = not free[changed]
-    return None
+    return np.where(free, np.maximum(value, 0), 0)

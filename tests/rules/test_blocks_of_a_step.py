@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmpareto_optim
-from mmpareto_optim.rules import NAMES, Rounding, coefficients_of_blocks
 from mmpareto_optim.rules.evaluation import of_one, of_pair, of_pairs, on_the_host
-from mmpareto_optim.rules.named import _formulas
+from mmpareto_optim.rules.named import NAMES, Rounding, _formulas, coefficients_of_blocks
 
 FINE, COARSE = Rounding(2**-52), Rounding(2**-23, 2**-9, 1e-8)
 GRAMS = [
