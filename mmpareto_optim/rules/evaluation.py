@@ -46,9 +46,8 @@ def of_stack(gram: Tensor, formulas: Formulas, gamma: float = 1.0) -> Tensor:
 def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
     """``gamma`` times the coefficients ``(..., m)`` of Gram matrices ``(..., m, m)``, in float64.
 
-    A matrix in the host's memory takes microseconds. Elsewhere two gradients take a few operations
-    for all stacks of a formula, and nothing waits; more are copied to the host and back, all of a
-    device at once.
+    A matrix in the host's memory takes microseconds. Elsewhere pairs take a few operations for all
+    of a formula, and nothing waits; more are copied to the host and back, all of a device at once.
     """
     found: dict[int, Tensor] = {}
     together: dict[tuple[object, ...], list[int]] = {}
@@ -66,15 +65,15 @@ def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float
     for key, members in together.items():
         chosen = [grams[i].detach().to(solver_dtype(grams[i])) for i in members]
         if len(key) > 1:
-            solved = of_pairs(torch.stack(chosen), formulas[members[0]], gamma).unbind()
+            solved = list(of_pairs(torch.stack(chosen), formulas[members[0]], gamma))
         else:
-            solved = on_the_host(chosen, [formulas[i] for i in members], gamma)
+            solved = on_host(chosen, [formulas[i] for i in members], gamma)
         found.update(zip(members, solved, strict=True))
     return [found[index] for index in range(len(grams))]
 
 
 def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
-    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device; nothing waits for it."""
+    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device, without waiting."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
     # Over the product of the lengths, so that nothing overflows or vanishes.
     product = squares.sqrt().prod(-1, keepdim=True)
@@ -103,9 +102,7 @@ def of_pair(gram: Any, formulas: Formulas, gamma: float) -> tuple[float, float]:
     )
 
 
-def on_the_host(
-    grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float
-) -> tuple[Tensor, ...]:
+def on_host(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
     """Coefficients of stacks of Gram matrices on one device, by a copy to the host and one back."""
     entries = torch.cat([gram.flatten() for gram in grams]).cpu().double()
     parts = entries.split([gram.numel() for gram in grams])
@@ -114,14 +111,13 @@ def on_the_host(
         solved += [of_one(one.numpy(), formula, gamma) for one in part.view(-1, *gram.shape[-2:])]
     found = torch.from_numpy(np.concatenate(solved)).to(grams[0].dtype)
     parts = found.to(grams[0].device, non_blocking=True).split([g[..., 0].numel() for g in grams])
-    return tuple(part.view(gram.shape[:-1]) for part, gram in zip(parts, grams, strict=True))
+    return [part.view(gram.shape[:-1]) for part, gram in zip(parts, grams, strict=True)]
 
 
 def of_one(gram: Any, formulas: Formulas, gamma: float) -> Any:
     """Coefficients of one Gram matrix ``(m, m)`` of float64 numbers; of a pair in lists as well.
 
-    A zero gradient counts as absent. It takes the mean of the others' coefficients, which changes
-    neither the combination nor ``BlockStats.scale``.
+    A zero gradient is absent; the mean of the others' coefficients keeps ``BlockStats.scale``.
     """
     size = len(gram)
     if size == 2:

@@ -36,21 +36,20 @@ def mmpareto_coefficients(
     waiting for it. The matrices of more are copied to the host together and solved there.
 
     Args:
-        gram: Gram matrices ``G_ij = g_i . g_j``, shape ``(..., m, m)``, of any real floating dtype,
-            symmetric up to rounding.
+        gram: Gram matrices ``G_ij = g_i . g_j``, ``(..., m, m)``, symmetric up to rounding.
         gamma: factor on the result, positive; the authors' code uses 1.5.
         eps: machine epsilon of the arithmetic that will combine the gradients; None: ``gram``'s.
         written: unit roundoff (half the machine epsilon) of the dtype to which the combination is
             rounded once more, 0 where it is not.
 
     Returns:
-        Coefficients ``c`` of ``h = sum_i c_i g_i``, shape ``(..., m)``, on the Gram matrix's device
-        and in its dtype: 1 where at most one gradient is not zero, NaN where the Gram matrix is not
-        finite. A zero gradient's own coefficient is the mean of the others'.
+        Coefficients ``(..., m)`` of ``h = sum_i c_i g_i`` on the device and in the dtype of
+        ``gram``: 1 where at most one gradient is not zero, NaN where ``gram`` is not finite. A zero
+        gradient's own coefficient is the mean of the others'.
 
     Raises:
-        ValueError: ``gram`` is no stack of square matrices, or ``gamma`` not positive and finite.
-        TypeError: ``gram`` is not a real floating-point tensor.
+        ValueError, TypeError: ``gram`` is no stack of square, real floating-point matrices, or
+            ``gamma`` is not positive and finite.
     """
     check_gram(gram)
     check_gamma(gamma)
@@ -102,10 +101,8 @@ def _weight_of_two(ratio: Any, inverse: Any, cosine: Any, square: Any, numbers: 
 def _weights_of_many(cosines: Array, lengths: Array, margin: float = 0.0) -> Array:
     """The min-norm weights times their number; each cosine is taken smaller by ``margin``.
 
-    With ``x_i ~ alpha_i ||g_i||``, the cosines C and ``b_i ~ 1 / ||g_i||``, those of the minimiser
-    of ``x' C x + (b . x - 1)^2``, up to their sum: along a ray of fixed weights only the length of
-    ``x`` is left to choose, and the best value grows with the norm of the point. The conditioning
-    depends on the angles alone.
+    ``x_i ~ alpha_i ||g_i||`` minimises ``x' C x + (b . x - 1)^2`` with ``b_i ~ 1 / ||g_i||``: the
+    best value along a ray grows with the norm of its point, and only angles condition it.
     """
     inverse = lengths.min() / lengths
     matrix = cosines - margin + inverse[:, None] * inverse
@@ -182,6 +179,5 @@ def _unstretched_of_many(cosines: Array, lengths: Array) -> Array:
     return np.ones(len(lengths)) if cosines.min() > 0 else _weights_of_many(cosines, lengths)
 
 
+# Before a stretch tensor by tensor, as the authors' code: orthogonal gradients count as a conflict.
 UNSTRETCHED = Formulas(_unstretched_of_two, _unstretched_of_many)
-"""MMPareto before a stretch tensor by tensor: the authors' code keeps the sum where cos > 0, and
-:func:`mmpareto_coefficients`, as the paper does, for orthogonal gradients too."""

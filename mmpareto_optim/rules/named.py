@@ -28,11 +28,6 @@ class Rounding(NamedTuple):
     products: float = 0.0
 
 
-def default_gamma(integration: object) -> float:
-    """The factor on the result where the user names none: the authors' for their own rule."""
-    return 1.5 if integration == "mmpareto" else 1.0
-
-
 def coefficients_of_blocks(
     name: str,
     grams: Sequence[Tensor],
@@ -43,9 +38,8 @@ def coefficients_of_blocks(
 ) -> list[Tensor]:
     """``gamma`` times the coefficients ``(m,)`` of a named rule, for each of some blocks.
 
-    From Gram matrices ``(m, m)`` on any device; there, in float64 (float32 on mps). Where at most
-    one gradient is not zero they are 1, without ``gamma``. ``roundings`` are those of each block,
-    ``stretched=False`` is "mmpareto" before a stretch tensor by tensor.
+    On the devices of their Gram matrices, in float64 (float32 on mps); 1, without ``gamma``, where
+    at most one gradient is not zero. ``stretched=False``: before a stretch tensor by tensor.
     """
     if name not in NAMES:
         raise ValueError(f"integration must be one of {', '.join(NAMES)}, got {name!r}")

@@ -27,10 +27,9 @@ def dualproj_coefficients(gram: Tensor) -> Tensor:
     which projects the newest gradient). The sum itself, to the last bit of the coefficients,
     wherever that harms nobody, and never longer. ``DualProj`` of TorchJD projects the mean.
 
-    ``h . g_i >= 0`` holds up to the rounding of the inner products, about ``8 m`` times the machine
-    epsilon of the lengths of what is combined; at a Pareto-stationary point ``h`` is zero up to the
-    same. Shapes, zero and non-finite gradients and errors raised are those of
-    :func:`mmpareto_coefficients`; no coefficient is below 1.
+    ``h . g_i >= 0`` holds to about ``8 m`` times the machine epsilon of the lengths of what is
+    combined, and so does ``h = 0`` at a Pareto-stationary point. No coefficient is below 1. Shapes,
+    zero and non-finite gradients and errors raised are those of :func:`mmpareto_coefficients`.
     """
     return of_stack(gram, DUALPROJ)
 
@@ -39,10 +38,9 @@ def upgrad_coefficients(gram: Tensor) -> Tensor:
     """Coefficients of UPGrad: each gradient is projected on the dual cone, then they are added.
 
     With the projection ``pi(g) = argmin ||h - g||`` subject to ``h . g_i >= 0`` for every ``i``,
-    ``h = sum_k pi(g_k)`` (Quinton & Rey 2024, arXiv 2406.16232, Equation 7), the plain sum where
-    nothing conflicts, to the last bit of the coefficients. The paper, and ``UPGrad`` of TorchJD,
-    take the mean: it is ``m`` times shorter. Precision, shapes, coefficients and errors raised are
-    those of :func:`dualproj_coefficients`.
+    ``h = sum_k pi(g_k)`` (Quinton & Rey 2024, arXiv 2406.16232, Equation 7, and TorchJD take the
+    mean): the plain sum where nothing conflicts, to the last bit of the coefficients. Precision,
+    shapes, coefficients and errors raised are those of :func:`dualproj_coefficients`.
     """
     return of_stack(gram, UPGRAD)
 
@@ -70,15 +68,15 @@ def config_coefficients(gram: Tensor) -> Tensor:
     """Coefficients of ConFIG (Liu, Chu & Thuerey 2025, arXiv 2408.11104, Equation 2).
 
     ``v = pinv(U) 1, h = (sum_i g_i . v) v / ||v||^2``, with the unit gradients as the rows of U.
-    Linearly independent gradients all have the same, positive cosine with ``h``, and ``||h||`` is
+    Linearly independent gradients all have the same, positive cosine with ``h``, whose length is
     the sum of their projections on it. Of dependent ones ``v`` is the shortest vector of those
-    whose products with the unit gradients are nearest to 1, and the cosines may differ in size and
-    sign. Where unit gradients cancel, as exactly opposite ones do, the result is zero.
+    whose products with the unit gradients are nearest to 1: cosines may differ in size and sign.
+    Where unit gradients cancel, as exactly opposite ones do, the result is zero.
 
-    Eigenvalues of the cosines ``U U'`` below ``16 m eps`` count as zero, for ``gram``'s machine
-    epsilon: of three or more gradients, two less than about ``6 sqrt(m eps)`` radians apart (2e-7
-    in float64, 0.004 in float32) count as one. Shapes, zero and non-finite gradients and errors
-    raised are those of :func:`mmpareto_coefficients`.
+    Eigenvalues of ``U U'`` below ``16 m eps`` count as zero, for ``gram``'s machine epsilon: of
+    three or more gradients, two less than about ``6 sqrt(m eps)`` radians apart (2e-7 in float64,
+    0.004 in float32) count as one. Shapes, zero and non-finite gradients and errors raised are
+    those of :func:`mmpareto_coefficients`.
     """
     check_gram(gram)
     return of_stack(gram, config_formulas(torch.finfo(gram.dtype).eps))

@@ -5,9 +5,6 @@ import numpy as np
 from mmpareto_optim.rules.evaluation import Array
 
 EPS = 2.0**-52
-BLOCK_ITERATIONS = 6
-LEMKE_ITERATIONS = 10  # times m: twice what the hardest known gradients take
-MAX_ATTEMPTS = 40  # more than enough: at last, nothing but the diagonal counts
 
 
 def nonnegative_minimum(matrix: Array, target: Array) -> Array:
@@ -25,7 +22,7 @@ def nonnegative_minimum(matrix: Array, target: Array) -> Array:
     if max(target.tolist()) <= 0:
         return np.zeros(len(target))
     small, lowest, regular = 4 * len(target) * EPS, 0.0, matrix
-    for attempt in range(MAX_ATTEMPTS):
+    for attempt in range(40):  # more than enough: at last, nothing but the diagonal counts
         for method in (_block_pivoting, _lemke):
             x = method(regular, target)
             if _is_optimal(matrix, target, x, 2 * small):
@@ -57,12 +54,9 @@ def _solve(matrix: Array, right: Array, free: Array) -> Array:
 
 
 def _block_pivoting(matrix: Array, target: Array) -> Array:
-    """All indices that violate a condition change at once, which mostly ends soon, or in circles.
-
-    Kostreva (1978); Portugal, Júdice & Vicente (1994).
-    """
+    """All that violates a condition changes at once (Kostreva 1978), which mostly ends soon."""
     free = target > 0
-    for _ in range(BLOCK_ITERATIONS):
+    for _ in range(6):  # it may also go round in circles
         x = _solve(matrix, target, free)
         violated = np.where(free, x, matrix @ x - target) < 0
         if not any(violated.tolist()):
@@ -84,7 +78,7 @@ def _lemke(matrix: Array, target: Array) -> Array:
     changed = int((target / slope).argmax())
     z = target[changed] / slope[changed]
     right = np.stack([-target, slope], axis=1)
-    for _ in range(LEMKE_ITERATIONS * size):
+    for _ in range(10 * size):  # twice what the hardest known gradients take
         free[changed] = not free[changed]
         solved = _solve(matrix, -right, free)
         # Both x on the free indices and w on the others, as value + z rate.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmpareto_optim
-from mmpareto_optim.rules.evaluation import of_one, of_pair, of_pairs, on_the_host
+from mmpareto_optim.rules.evaluation import of_one, of_pair, of_pairs, on_host
 from mmpareto_optim.rules.named import NAMES, Rounding, _formulas, coefficients_of_blocks
 
 FINE, COARSE = Rounding(2**-52), Rounding(2**-23, 2**-9, 1e-8)
@@ -77,7 +77,7 @@ def test_one_copy_to_the_host_and_one_back(name: str, monkeypatch: pytest.Monkey
     grams = [GRAMS[1], torch.eye(5).double(), GRAMS[5]]
     formulas = [_formulas(name, FINE, True)] * 3
     with Operations() as operations:
-        found = on_the_host(grams, formulas, 2.0)
+        found = on_host(grams, formulas, 2.0)
     assert len(copies) == 1
     assert not [n for n in operations.names if "_local_scalar_dense" in n or "item" in n]
     expected = coefficients_of_blocks(name, grams, 2.0, [FINE] * 3)
