@@ -7,12 +7,14 @@ from mmpareto_optim.monitoring.plots import plot_conflict, plot_slices
 from mmpareto_optim.monitoring.recorder import ConflictRecorder
 from mmpareto_optim.monitoring.summary import BlockSummary, PhaseSummary, Summary
 from mmpareto_optim.optimizer import MMParetoOptimizer
-from mmpareto_optim.rules import (
-    config_coefficients,
-    dualproj_coefficients,
+from mmpareto_optim.rules.mmpareto import (
     min_norm_weights,
     mmpareto_coefficients,
     pareto_coefficients,
+)
+from mmpareto_optim.rules.others import (
+    config_coefficients,
+    dualproj_coefficients,
     uniform_coefficients,
     upgrad_coefficients,
 )

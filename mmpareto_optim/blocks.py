@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmpareto_optim.param_groups import Modalities
 from mmpareto_optim.rows import Layout, Row
-from mmpareto_optim.rules import solver_dtype
+from mmpareto_optim.rules.evaluation import solver_dtype
 
 Reached = tuple[tuple[str, ...], ...]
 """For each parameter the names of the losses that reach it, in the order of the losses."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules import solver_dtype
+from mmpareto_optim.rules.evaluation import solver_dtype
 
 PIECE = 2**8
 """Products of float32 numbers that are added up in float32."""

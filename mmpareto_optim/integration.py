@@ -13,7 +13,8 @@ from mmpareto_optim.gram import gram_matrix, sum_of
 from mmpareto_optim.groups import Group, groups_of
 from mmpareto_optim.options import Options
 from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
-from mmpareto_optim.rules import Rounding, Rule, applied_gamma, coefficients_of_blocks
+from mmpareto_optim.rules.evaluation import applied_gamma
+from mmpareto_optim.rules.named import Rounding, Rule, coefficients_of_blocks
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.tensor_stretch import combine_and_stretch
 

@@ -30,7 +30,7 @@ from mmpareto_optim.param_groups import (
     describe,
     parameters_by_modality,
 )
-from mmpareto_optim.rules import Rule
+from mmpareto_optim.rules.named import Rule
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Constants, Features, Losses
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mmpareto_optim.rules import applied_gamma, min_norm_weights
+from mmpareto_optim.rules.evaluation import applied_gamma
+from mmpareto_optim.rules.mmpareto import min_norm_weights
 
 
 @dataclass(frozen=True, eq=False)

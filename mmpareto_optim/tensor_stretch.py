@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.rows import ONE, combine
-from mmpareto_optim.rules import solver_dtype
+from mmpareto_optim.rules.evaluation import solver_dtype
 
 
 def combine_and_stretch(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmpareto_optim.autograd import gradients_of, grads_set_aside
 from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 from mmpareto_optim.options import check_losses
-from mmpareto_optim.rules import solver_dtype
+from mmpareto_optim.rules.evaluation import solver_dtype
 from mmpareto_optim.types import Gradient
 
 Batch = TypeVar("Batch")

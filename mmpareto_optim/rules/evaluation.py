@@ -11,21 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 
 
 class Formulas(NamedTuple):
     """A rule for gradients of which none is zero, without gamma.
 
-    Attributes:
-        of_two: the coefficient of one of two gradients: a function of its length over the other's,
-            of the inverse of that, of their cosine, and of what computes with these elementwise:
-            ``torch``, or ``FLOATS`` for Python's own numbers.
-        of_many: the coefficients ``(m,)`` of more gradients: a function of their cosines
-            ``(m, m)``, with a diagonal of 1, and of their lengths ``(m,)``.
+    ``of_two``: the coefficient of one of two, from its length over the other's, the inverse of
+    that, their cosine, the square of their sum over the product of their lengths, and what computes
+    with these, ``torch`` or ``FLOATS``. ``of_many``: those of more, from cosines and lengths.
     """
 
-    of_two: Callable[[Any, Any, Any, Any], Any]
+    of_two: Callable[[Any, Any, Any, Any, Any], Any]
     of_many: Callable[[Array, Array], Array]
 
 
@@ -40,86 +37,108 @@ FLOATS = SimpleNamespace(
 """The functions of ``torch`` that formulas for two gradients use, for Python's own numbers."""
 
 
-@torch.no_grad()
-def evaluate(formulas: Formulas, gram: Tensor, gamma: float = 1.0) -> Tensor:
-    """Coefficients ``(..., m)`` of Gram matrices ``(..., m, m)``, on their device, in their dtype.
-
-    Raises:
-        ValueError, TypeError: ``gram`` is not a stack of square, real matrices.
-    """
+def of_stack(gram: Tensor, formulas: Formulas, gamma: float = 1.0) -> Tensor:
+    """As :func:`evaluate` for one stack, if it is one of square, real matrices; in its dtype."""
     check_gram(gram)
-    if gram.shape[-1] == 1:
-        return torch.ones_like(gram[..., 0])
-    if gram.shape[-1] == 2 and (gram.ndim > 2 or gram.device.type != "cpu"):
-        return of_pairs(gram.to(solver_dtype(gram)), formulas, gamma).to(gram.dtype)
-    if gram.is_meta:
-        return torch.empty_like(gram[..., 0])
-    matrices = gram.cpu().double().numpy()
-    found = np.empty(matrices.shape[:-1])
-    for index in np.ndindex(found.shape[:-1]):
-        found[index] = of_one(matrices[index], formulas, gamma)
-    return torch.from_numpy(found).to(gram.dtype).to(gram.device, non_blocking=True)
+    return evaluate([gram], [formulas], gamma)[0].to(gram.dtype)
+
+
+def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
+    """``gamma`` times the coefficients ``(..., m)`` of Gram matrices ``(..., m, m)``, in float64.
+
+    A matrix in the host's memory takes microseconds. Elsewhere pairs take a few operations for all
+    of a formula, and nothing waits; more are copied to the host and back, all of a device at once.
+    """
+    found: dict[int, Tensor] = {}
+    together: dict[tuple[object, ...], list[int]] = {}
+    for index, (gram, formula) in enumerate(zip(grams, formulas, strict=True)):
+        size = gram.shape[-1]
+        if gram.is_cpu and gram.ndim == 2 and type(gram) is Tensor:
+            # NumPy alone would take as long as a pair's closed form.
+            matrix = gram.tolist() if size == 2 else gram.detach().double().numpy()
+            found[index] = torch.from_numpy(np.array(of_one(matrix, formula, gamma)))
+        elif size == 1 or (gram.is_meta and size > 2):
+            found[index] = torch.ones_like(gram[..., 0], dtype=solver_dtype(gram))
+        else:
+            kind = (gram.shape, formula) if size == 2 else ()
+            together.setdefault((gram.device, *kind), []).append(index)
+    for key, members in together.items():
+        chosen = [grams[i].detach().to(solver_dtype(grams[i])) for i in members]
+        if len(key) > 1:
+            solved = list(of_pairs(torch.stack(chosen), formulas[members[0]], gamma))
+        else:
+            solved = on_host(chosen, [formulas[i] for i in members], gamma)
+        found.update(zip(members, solved, strict=True))
+    return [found[index] for index in range(len(grams))]
 
 
 def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
-    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device; nothing waits for it.
-
-    Divided by the product of the two lengths, a Gram matrix holds their ratio, its inverse and
-    their cosine: nothing overflows or vanishes.
-    """
+    """Coefficients ``(..., 2)`` by operations on the Gram matrices' device, without waiting."""
     squares = gram.diagonal(dim1=-2, dim2=-1)
+    # Over the product of the lengths, so that nothing overflows or vanishes.
     product = squares.sqrt().prod(-1, keepdim=True)
     scaled = gram / product.unsqueeze(-1)
-    ratios = scaled.diagonal(dim1=-2, dim2=-1)
-    cosine = torch.lerp(scaled[..., :1, 1], scaled[..., 1:, 0], 0.5)
-    found = gamma * formulas.of_two(ratios, ratios.flip(-1), cosine, torch)
-    # NaN where the Gram matrix is not finite.
-    found = torch.add(found, scaled.sum((-2, -1)).unsqueeze(-1), alpha=0)
+    ratios, cosine = scaled.diagonal(dim1=-2, dim2=-1), scaled[..., :1, 1]
+    # First a gradient's product with the sum: where the sum is short, these are exact.
+    square = scaled.sum(-1).sum(-1, keepdim=True)
+    found = gamma * formulas.of_two(ratios, ratios.flip(-1), cosine, square, torch)
+    found = torch.add(found, square, alpha=0)  # NaN where the Gram matrix is not finite
     return found.masked_fill((squares <= 0).any(-1, keepdim=True), 1.0)
 
 
-def of_pair(
-    gram: Sequence[Sequence[float]], formulas: Formulas, gamma: float
-) -> tuple[float, float]:
+def of_pair(gram: Any, formulas: Formulas, gamma: float) -> tuple[float, float]:
     """As :func:`of_pairs` for one matrix in Python's own numbers, which takes microseconds."""
-    (square, upper), (lower, other_square) = gram
-    if square <= 0 or other_square <= 0:
+    (one, upper), (lower, other) = gram
+    if one <= 0 or other <= 0:
         return 1.0, 1.0
-    product = math.sqrt(square) * math.sqrt(other_square)
-    ratio, inverse = square / product, other_square / product
-    cosine = (upper / 2 + lower / 2) / product
-    if not math.isfinite(ratio + inverse + cosine):
+    product = math.sqrt(one) * math.sqrt(other)
+    ratio, inverse, cosine = one / product, other / product, upper / product
+    square = (ratio + cosine) + (lower / product + inverse)
+    if not math.isfinite(square):
         return math.nan, math.nan
     return (
-        gamma * formulas.of_two(ratio, inverse, cosine, FLOATS),
-        gamma * formulas.of_two(inverse, ratio, cosine, FLOATS),
+        gamma * formulas.of_two(ratio, inverse, cosine, square, FLOATS),
+        gamma * formulas.of_two(inverse, ratio, cosine, square, FLOATS),
     )
 
 
-def of_one(gram: Array, formulas: Formulas, gamma: float) -> Sequence[float] | Array:
-    """Coefficients of one Gram matrix ``(m, m)`` in the host's memory.
+def on_host(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
+    """Coefficients of stacks of Gram matrices on one device, by a copy to the host and one back."""
+    entries = torch.cat([gram.flatten() for gram in grams]).cpu().double()
+    parts = entries.split([gram.numel() for gram in grams])
+    solved = [np.empty(0)]
+    for gram, formula, part in zip(grams, formulas, parts, strict=True):
+        solved += [of_one(one.numpy(), formula, gamma) for one in part.view(-1, *gram.shape[-2:])]
+    found = torch.from_numpy(np.concatenate(solved)).to(grams[0].dtype)
+    parts = found.to(grams[0].device, non_blocking=True).split([g[..., 0].numel() for g in grams])
+    return [part.view(gram.shape[:-1]) for part, gram in zip(parts, grams, strict=True)]
 
-    A zero gradient counts as absent. It takes the mean of the others' coefficients, which changes
-    neither the combination nor the mean of the coefficients, which ``BlockStats.scale`` is.
+
+def of_one(gram: Any, formulas: Formulas, gamma: float) -> Any:
+    """Coefficients of one Gram matrix ``(m, m)`` of float64 numbers; of a pair in lists as well.
+
+    A zero gradient is absent; the mean of the others' coefficients keeps ``BlockStats.scale``.
     """
     size = len(gram)
     if size == 2:
-        return of_pair(gram.tolist(), formulas, gamma)
-    nonzero = ~(gram.diagonal() <= 0)
-    count = int(nonzero.sum())
+        return of_pair(gram, formulas, gamma)
+    squares = gram.diagonal()
+    nonzero = ~(squares <= 0)  # NaN is not zero
+    count = sum(nonzero.tolist())
     if count < 2:
         return np.ones(size)
     if not np.isfinite(gram).all():
         return np.full(size, np.nan)
     if count < size:
-        found = np.asarray(of_one(gram[np.ix_(nonzero, nonzero)], formulas, gamma))
+        found = np.array(of_one(gram[nonzero][:, nonzero], formulas, gamma))
         result = np.full(size, found.mean())
         result[nonzero] = found
         return result
     with np.errstate(all="ignore"):
-        lengths = np.sqrt(gram.diagonal())
+        lengths = np.sqrt(squares)
+        half = gram / 2
         # One division after the other: the product of two lengths could overflow or vanish.
-        cosines = np.clip((gram / 2 + gram.T / 2) / lengths / lengths[:, None], -1, 1)
+        cosines = ((half + half.T) / lengths / lengths[:, None]).clip(-1, 1)
         np.fill_diagonal(cosines, 1)
         return gamma * formulas.of_many(cosines, lengths)
 
@@ -145,14 +164,6 @@ def solver_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def applied_gamma(gram: Tensor, gamma: float) -> Tensor:
-    """The factor that a named rule applies: 1 where at most one gradient is not zero.
-
-    Args:
-        gram: Gram matrices, shape ``(..., m, m)``.
-        gamma: the factor on the result of two or more gradients.
-
-    Returns:
-        Shape ``(...)``, on the Gram matrix's device and in its dtype.
-    """
+    """The factor ``(...)`` that a named rule applies: 1 where at most one gradient is not zero."""
     nonzero = ~(gram.diagonal(dim1=-2, dim2=-1) <= 0)  # NaN is not zero
     return torch.ones_like(gram[..., 0, 0]).masked_fill(nonzero.sum(-1) > 1, gamma)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from mmpareto_optim import MMParetoOptimizer
 from tests.models import LateFusion, Losses, audio_visual_batch, grads, vectors_as_losses
 
-
 Rule = Literal["mmpareto", "pareto", "uniform", "config", "upgrad", "dualproj"]
 RULES: list[Rule] = ["mmpareto", "pareto", "uniform", "config", "upgrad", "dualproj"]
 DEVICES = [

@@ -17,8 +17,8 @@ from mmpareto_optim import (
     upgrad_coefficients,
 )
 from mmpareto_optim.rules.solver import nonnegative_minimum
-from tests.rules.gradients import EPS, FAMILIES, Array, cases, gram_of, products, rows_of
 from tests.integrator.test_laws import exact_min_norm_point
+from tests.rules.gradients import EPS, FAMILIES, Array, cases, gram_of, products, rows_of
 
 Case = tuple[str, int, int]
 nnls = pytest.importorskip("scipy.optimize", reason="no independent solver").nnls
