@@ -103,7 +103,6 @@ class BlockStats:
         ]
         if not self.gram.isfinite().all():
             return "\n".join([*lines, "the gradients, or their products, are not finite"])
-        found = (
-            f"{'in' if self.conflict else 'no'} conflict, {'' if self.harmful else 'not '}harmful"
-        )
-        return "\n".join([*lines, f"smallest cosine {float(self.cosine):.3g}: {found}"])
+        conflict = "in conflict" if self.conflict else "no conflict"
+        harm = "harmful" if self.harmful else "not harmful"
+        return "\n".join([*lines, f"smallest cosine {float(self.cosine):.3g}: {conflict}, {harm}"])

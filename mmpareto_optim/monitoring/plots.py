@@ -89,13 +89,13 @@ def _figure(panels: int) -> Figure:
 def _plot_block(cosine: Axes, rate: Axes, ratio: Axes, block: BlockHistory, color: str) -> None:
     stats, name = block.stats(), f"{block.block:.24}"
     steps = _part_means(torch.tensor([step.step for step in block.steps], device="cpu"))
-    pairs = list(combinations(range(len(stats.objectives)), 2))
-    means = [float(stats.cosines[:, i, j].nanmean().nan_to_num(1.0)) for i, j in pairs]
-    worst = sorted(zip(means, pairs, strict=True))
-    for (_, (i, j)), style in zip(worst, LINE_STYLES, strict=False):
-        pair = f"{stats.objectives[i]}+{stats.objectives[j]}"
+    cosines, losses = stats.cosines, stats.objectives
+    means = cosines.nanmean(0).nan_to_num(1.0).tolist()
+    worst = sorted(combinations(range(len(losses)), 2), key=lambda pair: means[pair[0]][pair[1]])
+    for (i, j), style in zip(worst, LINE_STYLES, strict=False):
+        pair = f"{losses[i]}+{losses[j]}"
         label = name if pair == block.block else f"{name}: {pair:.24}"
-        cosine.plot(steps, _part_means(stats.cosines[:, i, j]), color, ls=style, label=label)
+        cosine.plot(steps, _part_means(cosines[:, i, j]), color, ls=style, label=label)
     rate.plot(steps, _part_means(100 * stats.conflict), color)
     rate.plot(steps, _part_means(100 * stats.harmful), color, ls="--")
     ratio.plot(steps, np.exp(_part_means(block.norm_ratios().log())), color)

@@ -36,7 +36,8 @@ class PhaseSummary:
         cosine: the smallest cosine between two gradients, the median.
         zero: number of steps in which the rule gave the block a zero gradient.
         not_finite: number of steps in which a gradient was not finite.
-        first_step, last_step: their numbers, as in the recorder's rows.
+        first_step: number of the first of the steps, as in the recorder's rows.
+        last_step: number of the last of them.
     """
 
     steps: int
@@ -57,11 +58,11 @@ class BlockSummary:
     Attributes:
         block: its name.
         objectives: names of the losses that reach it.
-        whole, early, late: all steps in which these losses met, the first and last third of them.
-        harmed: by loss, the share of the finite steps in which the plain sum has a negative
-            product with its gradient.
-        turned: share of the finite steps whose coefficients were not all the same, so that the
-            step left the direction of the sum.
+        whole: all steps in which two or more of these losses met.
+        early: the first third of them.
+        late: the last third.
+        harmed: by loss, the share of the finite steps in which the sum opposes its gradient.
+        turned: share of the finite steps whose coefficients were not all the same.
     """
 
     block: str
@@ -83,7 +84,10 @@ class BlockSummary:
             )
         finite = whole.steps - whole.not_finite
         if finite < MIN_STEPS:
-            return f"{finite} steps are too few to tell: measure {MIN_STEPS} all over the training."
+            return (
+                f"{finite} steps are too few to tell: measure {MIN_STEPS} or more, spread over "
+                "the training."
+            )
         opposes = (
             f"The summed gradient opposes a loss's own gradient in {whole.harmful:.1%} of the "
             f"steps ({self.early.harmful:.1%} early, {late.harmful:.1%} late)"
@@ -93,18 +97,16 @@ class BlockSummary:
                 f"{opposes}, and the longest gradient is {whole.norm_ratio:,.0f} times the "
                 'shortest: weight the losses first, under "uniform", "dualproj" or "upgrad".'
             )
-        if whole.harmful < RARE_HARM:
-            advice = (
-                "expect nothing from another direction, and compare with a larger learning rate"
+        if whole.harmful < FREQUENT_HARM:
+            gain = "nothing" if whole.harmful < RARE_HARM else "little"
+            return (
+                f"{opposes}: expect {gain} from another direction, and compare with a larger "
+                "learning rate."
             )
-        elif whole.harmful < FREQUENT_HARM:
-            advice = "expect little from another direction, and compare with a larger learning rate"
-        else:
-            advice = (
-                "integration may pay, and so may weights for the losses; compare "
-                '"upgrad" with a sweep of them under "uniform"'
-            )
-        return f"{opposes}: {advice}."
+        return (
+            f"{opposes}: integration may pay, and so may weights for the losses; compare "
+            '"upgrad" with a sweep of them under "uniform".'
+        )
 
 
 @dataclass(frozen=True)
