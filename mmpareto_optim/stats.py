@@ -1,6 +1,6 @@
 """What an integration saw, on the device until somebody looks."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from mmpareto_optim.rules.mmpareto import min_norm_weights
 class BlockStats:
     """The last integration of one block that ``m`` losses reach; printed as a few lines.
 
-    Everything is a tensor on the block's device, and what follows from the Gram matrix is
-    computed when it is read: a training loop that does not convert them (``float()``,
-    ``.item()``, printing) neither pays for them nor waits for the device. Gram matrices and
-    coefficients may have leading dimensions (:class:`ConflictRecorder` has one for the steps),
-    and all properties then have them too.
+    Everything is a tensor on the block's device, computed when it is read: a training loop that
+    does not convert them (``float()``, printing) neither pays for them nor waits for the device.
+    Gram matrices and coefficients may have leading dimensions; all properties then have them too.
 
     Attributes:
         objectives: names of the losses that reach the block, in the order of the rows.
@@ -34,23 +32,12 @@ class BlockStats:
     gamma: float = 1.0
     stretch: Tensor | None = None
 
-    def in_order(self, objectives: tuple[str, ...]) -> "BlockStats":
-        """The same stats, with the same losses in another order."""
-        places = [self.objectives.index(name) for name in objectives]
-        return replace(
-            self,
-            objectives=objectives,
-            gram=self.gram[..., places, :][..., places],
-            coefficients=self.coefficients[..., places],
-        )
-
     @property
     def scale(self) -> Tensor:
         """How much longer than ``m`` times the min-norm point the result was made, a scalar.
 
-        It is the mean coefficient over gamma: 1 for the plain sum, 0 where the block was
-        found Pareto-stationary to working precision. With ``rescale="tensor"`` it is
-        ``stretch``, shape ``(tensors,)``.
+        The mean coefficient over gamma: 1 for the plain sum, 0 where the block was found
+        Pareto-stationary. With ``rescale="tensor"`` it is ``stretch``, shape ``(tensors,)``.
         """
         if self.stretch is not None:
             return self.stretch
@@ -66,9 +53,7 @@ class BlockStats:
     def cosines(self) -> Tensor:
         """Cosine between any two losses' gradients, ``(m, m)``; NaN beside a zero one."""
         norms = self.norms
-        cosines = self.gram / norms.unsqueeze(-2) / norms.unsqueeze(-1)
-        diagonal = torch.eye(norms.shape[-1], dtype=torch.bool, device=norms.device)
-        return cosines.clamp(-1, 1).masked_fill(diagonal, 1)
+        return (self.gram / norms.unsqueeze(-2) / norms.unsqueeze(-1)).clamp(-1, 1)
 
     @property
     def cosine(self) -> Tensor:
@@ -84,9 +69,8 @@ class BlockStats:
     def harmful(self) -> Tensor:
         """Whether the plain sum has a negative product with some gradient, a boolean scalar.
 
-        A small step of plain SGD along the sum then raises that loss. Where it is false such a
-        step raises none, and another direction can only change how fast each of them falls.
-        Momentum, Adam and Muon take other steps, of which this says nothing.
+        A small step of plain SGD along the sum then raises that loss; where it is false such a
+        step raises none. Momentum, Adam and Muon take other steps, of which this says nothing.
         """
         return self.harmed.any(-1)
 
@@ -104,16 +88,13 @@ class BlockStats:
     def min_norm(self) -> Tensor:
         """Length of the min-norm point, a scalar: 0 at a Pareto-stationary point."""
         alpha = self.alpha
-        square = (alpha.unsqueeze(-2) @ self.gram @ alpha.unsqueeze(-1)).squeeze((-2, -1))
+        square = torch.einsum("...i,...ij,...j->...", alpha, self.gram, alpha)
         return square.clamp(min=0).sqrt()
 
     def __str__(self) -> str:
-        """A line for each loss and one for the block; shapes only of a stack of steps."""
+        """A line for each loss and one for the block."""
         if self.gram.ndim > 2 or self.gram.is_meta:
-            return (
-                f"BlockStats of {', '.join(map(str, self.objectives))}: "
-                f"gram {tuple(self.gram.shape)}, coefficients {tuple(self.coefficients.shape)}"
-            )
+            return repr(self)
         width = max(len(str(name)) for name in self.objectives)
         columns = (self.norms.tolist(), self.coefficients.tolist(), self.harmed.tolist())
         lines = [

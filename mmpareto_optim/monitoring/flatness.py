@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 
 LossFn = Callable[[], Tensor | float]
-Line = list[tuple[Tensor, Tensor]]
-"""Weights, and the direction in which each of them moves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,8 +16,8 @@ class LossSlices:
     """A loss along straight lines through the parameters.
 
     Attributes:
-        distances: where along a line the loss was taken, shape ``(points,)``, ascending and
-            symmetric about the 0 in the middle; 1 is as long, filter by filter, as the weights.
+        distances: where along a line, shape ``(points,)``, ascending, 0 in the middle; 1 is as
+            long, filter by filter, as the weights.
         losses: shape ``(directions, points)``, float64. Not finite where the loss is not.
     """
 
@@ -30,8 +28,7 @@ class LossSlices:
     def rises(self) -> Tensor:
         """Mean rise of the loss from the middle to both ends, shape ``(directions,)``.
 
-        A slope, which is no sharpness, cancels. On a quadratic of Hessian H and a direction ``d``
-        it is ``radius^2 * d . H d / 2``.
+        On a quadratic of Hessian H and a direction ``d`` it is ``radius^2 * d . H d / 2``.
         """
         middle = self.losses[:, self.losses.shape[1] // 2]
         return (self.losses[:, 0] + self.losses[:, -1]) / 2 - middle
@@ -64,42 +61,28 @@ def loss_slices(
             print(name, flat.sharpness, "+-", float(flat.rises.std() / len(flat.rises) ** 0.5))
 
     Args:
-        model: as a rule in ``eval()`` mode. Its parameters, buffers (BatchNorm's statistics) and
-            the random generators are afterwards as before, bit for bit, also after an exception.
-        loss_fn: gives the loss on always the same data, a scalar; called
-            ``1 + directions * (points - 1)`` times without autograd, with the same state of
-            buffers and random generators.
+        model: as a rule in ``eval()`` mode; it and the random generators are afterwards as before.
+        loss_fn: gives the loss on always the same data, a scalar; called ``directions * points``
+            times without autograd, each time from the same state.
         params: a module or parameters of the model to move, without frozen ones; all by default.
         radius: the largest distance, positive.
         points: on a line, odd and at least 3.
         directions: how many lines.
         seed: of the directions.
-
-    Raises:
-        ValueError: an option out of its range; ``params`` without a trainable weight of the model;
-            a loss that is not a scalar.
     """
     if not (radius > 0 and points >= 3 and points % 2 == 1 and directions >= 1):
-        raise ValueError(
-            "radius must be positive, points odd and at least 3, directions at least 1, got "
-            f"radius={radius!r}, points={points!r}, directions={directions!r}"
-        )
+        raise ValueError("radius must be positive, points odd and at least 3, directions positive")
     weights = [param for param in trainable_parameters(model, params) if param.ndim > 1]
     if not weights:
         raise ValueError("params holds no weight of two or more dimensions, so there is no filter")
     generator = torch.Generator("cpu").manual_seed(seed)
     half = points // 2
     distances = torch.arange(-half, half + 1, dtype=torch.float64, device="cpu") * radius / half
-    middle = _loss_at(model, loss_fn, [], 0.0)
     losses = []
     for _ in range(directions):
         line = [(weight, _filter_normalised(weight, generator)) for weight in weights]
-        losses += [
-            _loss_at(model, loss_fn, line, distance) if distance else middle
-            for distance in distances.tolist()
-        ]
-    table = torch.tensor(losses, dtype=torch.float64, device="cpu")
-    return LossSlices(distances, table.view(directions, points))
+        losses.append([_loss_at(model, loss_fn, line, distance) for distance in distances.tolist()])
+    return LossSlices(distances, torch.tensor(losses, dtype=torch.float64, device="cpu"))
 
 
 def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -111,7 +94,9 @@ def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
     return random.view(weight.shape)
 
 
-def _loss_at(model: nn.Module, loss_fn: LossFn, line: Line, distance: float) -> float:
+def _loss_at(
+    model: nn.Module, loss_fn: LossFn, line: list[tuple[Tensor, Tensor]], distance: float
+) -> float:
     # By .data and not in place, for the reasons given in preserved_state().
     originals = [(weight, weight.data) for weight, _ in line]
     try:
@@ -122,8 +107,4 @@ def _loss_at(model: nn.Module, loss_fn: LossFn, line: Line, distance: float) -> 
     finally:
         for weight, original in originals:
             weight.data = original
-    if isinstance(loss, Tensor) and loss.numel() != 1:
-        raise ValueError(
-            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it with .mean()"
-        )
     return float(loss)

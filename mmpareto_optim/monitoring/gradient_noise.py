@@ -1,7 +1,7 @@
 """How long the losses' gradients are, and how much they vary from batch to batch."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,20 +25,17 @@ class GradientNoise:
     """A loss's gradient ``g`` over ``n`` batches: its mean and its batch-sampling covariance C.
 
     Attributes:
-        batches: the number ``n`` of batches.
         squared_norm: estimate of ``||E g||^2``. Unbiased, so that it may fall below zero where
             the noise hides the mean.
         trace: estimate of ``tr C = E ||g - E g||^2``, unbiased.
         largest_eigenvalue: that of the sample covariance. It overestimates C's own, the more so
-            the fewer the batches: with noise that is equal in all of many directions it is near
-            ``trace / (n - 1)``. Compare losses at the same ``n``.
+            the fewer the batches: compare losses at the same ``n``.
         products: by loss, an unbiased estimate of the inner product of this loss's expected
             gradient and that one's; this loss's own entry is ``squared_norm``.
         cosines: by loss, that product over both norms, which may lie outside of [-1, 1]; NaN where
             a ``squared_norm`` is not positive.
     """
 
-    batches: int
     squared_norm: float
     trace: float
     largest_eigenvalue: float
@@ -72,79 +69,76 @@ def gradient_noise(
     ``(S_i . S_j - sum_k g_ik . g_jk) / (n (n - 1))`` with ``g_ik`` the gradient of loss i in batch
     k and ``S_i`` its sum over the batches (a U-statistic: Hoeffding 1948).
 
-    The estimates hold for batches drawn independently. For those of one shuffled epoch of M
-    batches ``trace`` holds too, and ``squared_norm`` is too small by ``trace / M`` on average.
-    The covariance is that of a batch of the given size, so leave out a shorter last one. Memory:
-    ``n`` gradients of ``params`` for each loss.
+    The estimates hold for batches of one size, drawn independently. For those of one shuffled
+    epoch of M batches ``trace`` holds too, and ``squared_norm`` is too small by ``trace / M`` on
+    average. Memory: ``n`` gradients of ``params`` for each loss.
 
     Args:
-        model: in the mode that is wanted. Its parameters, ``.grad`` and buffers (BatchNorm's
-            statistics) and the random generators are afterwards as before.
+        model: in the mode that is wanted; it and the random generators are afterwards as before.
         loss_fn: from a batch to scalars by name, as for :meth:`MMParetoOptimizer.backward`.
         batches: at least two.
         params: a module or parameters of the model, without frozen ones; all by default.
-
-    Raises:
-        ValueError: fewer than two batches; batches with different losses; no loss reaches
-            ``params``; a gradient that is not finite (names the loss and the batch).
     """
     chosen = trainable_parameters(model, params)
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-    samples: list[dict[str, Gradient]] = []
+    rows: dict[str, list[Tensor]] = {}
     with preserved_state(model), torch.enable_grad():
         for number, batch in enumerate(batches):
             losses = loss_fn(batch)
             check_losses(losses)
-            if samples and losses.keys() != samples[0].keys():
-                raise ValueError(
-                    f"batch {number} has losses {list(losses)}, the ones before it "
-                    f"{list(samples[0])}: return the same losses for every batch"
-                )
+            rows = rows or {name: [] for name in losses}
+            if losses.keys() != rows.keys():
+                raise ValueError(f"batch {number} has losses {list(losses)}, others {list(rows)}")
             with grads_set_aside(chosen):
-                samples.append(gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}"))
-    if len(samples) < 2:
-        raise ValueError(f"batches has {len(samples)} batches: a covariance takes at least two")
-    return _estimate(samples)
+                gradients = gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}")
+            for name, gradient in gradients.items():
+                rows[name].append(_flat(gradient, chosen))
+                if not rows[name][-1].isfinite().all():
+                    raise ValueError(f"loss {name!r}: a gradient not finite in batch {number}")
+    count = max(map(len, rows.values()), default=0)
+    if count < 2:
+        raise ValueError(f"batches has {count} batches: a covariance takes at least two")
+    reaching = {name: of_loss for name, of_loss in rows.items() if any(map(Tensor.any, of_loss))}
+    if not reaching:
+        raise ValueError("no loss reaches params: give parameters that the losses depend on")
+    return _estimate(reaching)
+
+
+def _flat(gradient: Gradient, params: list[Tensor]) -> Tensor:
+    """A copy of a gradient's real numbers, zeros where there is none."""
+    parts = [
+        torch.zeros_like(param) if part is None else part.resolve_conj()
+        for part, param in zip(gradient, params, strict=True)
+    ]
+    real = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+    return torch.cat([part.flatten().to(params[0].device) for part in real])
 
 
 @torch.no_grad()
-def _estimate(samples: list[dict[str, Gradient]]) -> dict[str, GradientNoise]:
-    names = [
-        name
-        for name in samples[0]
-        if any(part is not None for sample in samples for part in sample[name])
-    ]
-    if not names:
-        raise ValueError("no loss reaches params: give parameters that the losses depend on")
-    m, n = len(names), len(samples)
+def _estimate(rows: dict[str, list[Tensor]]) -> dict[str, GradientNoise]:
+    names, every = list(rows), [row for of_loss in rows.values() for row in of_loss]
+    m, n = len(rows), len(every) // len(rows)
     # No (d, d) covariance: its trace and eigenvalues are those of the centred gradients' (n, n)
     # Gram matrix.
     of_means = torch.zeros(m, m, dtype=torch.float64, device="cpu")
     centred_grams = torch.zeros(m, n, n, dtype=torch.float64, device="cpu")
     covariances = torch.zeros(m, m, dtype=torch.float64, device="cpu")
-    finite = torch.ones(m, n, dtype=torch.bool, device="cpu")
-    for parts in zip(*(sample[name] for name in names for sample in samples), strict=True):
-        for rows in _chunks(parts):
-            each = rows.view(m, n, -1)
-            means = each.mean(1)
-            centred = each - means.unsqueeze(1)
-            of_means += (means @ means.T).cpu()
-            centred_grams += (centred @ centred.mT).cpu()
-            covariances += (centred.flatten(1) @ centred.flatten(1).T).cpu() / (n - 1)
-            finite &= each.isfinite().all(2).cpu()
-    if not finite.all():
-        i, batch = (~finite).nonzero()[0].tolist()
-        raise ValueError(f"loss {names[i]!r} has a gradient that is not finite in batch {batch}")
+    chunks = [row.split(max(1, CHUNK_SIZE // len(every))) for row in every]
+    for pieces in zip(*chunks, strict=True):
+        each = torch.stack(pieces).to(solver_dtype(pieces[0])).view(m, n, -1)
+        means = each.mean(1)
+        centred = each - means.unsqueeze(1)
+        of_means += (means @ means.T).cpu()
+        centred_grams += (centred @ centred.mT).cpu()
+        covariances += (centred.flatten(1) @ centred.flatten(1).T).cpu() / (n - 1)
     # The sum over pairs of batches, written so that large means do not cancel.
     products = of_means - covariances / n
-    squares = products.diagonal()
-    norms = squares.where(squares > 0, math.nan).sqrt()
+    norms = products.diagonal().where(products.diagonal() > 0, math.nan).sqrt()
     cosines = products / norms / norms.unsqueeze(1)
     eigenvalues = torch.linalg.eigvalsh(centred_grams / (n - 1))[:, -1]
     return {
         name: GradientNoise(
-            n,
-            float(squares[i]),
+            float(products[i, i]),
             float(covariances[i, i]),
             float(eigenvalues[i]),
             dict(zip(names, products[i].tolist(), strict=True)),
@@ -152,16 +146,3 @@ def _estimate(samples: list[dict[str, Gradient]]) -> dict[str, GradientNoise]:
         )
         for i, name in enumerate(names)
     }
-
-
-def _chunks(parts: Sequence[Tensor | None]) -> Iterator[Tensor]:
-    """The gradients of one parameter as rows ``(gradients, numbers)``, a piece at a time."""
-    like = next((part for part in parts if part is not None), None)
-    if like is None:
-        return
-    rows = [torch.zeros_like(like) if part is None else part.resolve_conj() for part in parts]
-    if like.is_complex():
-        rows = [torch.view_as_real(row) for row in rows]
-    size = max(1, CHUNK_SIZE // len(rows))
-    for pieces in zip(*(row.reshape(-1).split(size) for row in rows), strict=True):
-        yield torch.stack(pieces).to(solver_dtype(like))

@@ -1,7 +1,7 @@
 """The recorded stats of one block, as a table of numbers that grows on the block's device."""
 
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Iterable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,27 +21,22 @@ class RecordedStep(NamedTuple):
     epoch: int | None
 
 
-class HistoryKey(NamedTuple):
-    """What all records of a history have in common."""
-
-    block: str
-    objectives: tuple[str, ...]
-    gamma: float
-    has_stretch: bool
-    device: str
-
-
 class BlockHistory:
-    """Records of a block, while the losses that reach it and the settings stay what they are.
+    """Records of a block that the same losses reach.
 
-    A record is one flat tensor: the Gram matrix, the coefficients and, where tensors are stretched
-    one by one, the mean and the largest stretch.
+    A record is one flat tensor: the Gram matrix, the coefficients and the scale, the mean over the
+    tensors where these are stretched one by one.
     """
 
     def __init__(
-        self, key: Sequence[Any], steps: Iterable[Any] = (), table: Tensor | None = None
+        self,
+        block: str,
+        objectives: Iterable[str],
+        steps: Iterable[Any] = (),
+        table: Tensor | None = None,
     ) -> None:
-        self.key = HistoryKey(*key)
+        self.block = block
+        self.objectives = tuple(objectives)
         self.steps = [RecordedStep(*step) for step in steps]
         self._packed = [] if table is None else [table.detach().clone()]
         self._records: list[Tensor] = []
@@ -49,32 +44,46 @@ class BlockHistory:
     @torch.no_grad()
     def append(self, step: RecordedStep, stats: BlockStats) -> None:
         """Add a copy: the stats may be views that keep more alive, or be overwritten."""
-        parts = [stats.gram.flatten(), stats.coefficients]
-        if stats.stretch is not None:
-            parts.append(torch.stack([stats.stretch.mean(), stats.stretch.amax()]))
-        self._records.append(torch.cat([part.to(stats.gram, non_blocking=True) for part in parts]))
+        numbers = (stats.gram, stats.coefficients, stats.scale.mean())
+        flat = [each.flatten().to(stats.gram, non_blocking=True) for each in numbers]
+        self._records.append(torch.cat(flat))
         self.steps.append(step)
         if len(self._records) == PACK_SIZE:
             self._pack()
 
-    def stats(self, first: int = 0) -> BlockStats:
-        """All records from the one at ``first`` on, along a leading dimension, on the host."""
-        _, objectives, gamma, has_stretch, _ = self.key
-        m = len(objectives)
-        table = self._table()[first:]
-        gram, coefficients = table[:, : m * m].reshape(-1, m, m), table[:, m * m : m * m + m]
-        stretch = table[:, -2] if has_stretch else None
-        return BlockStats(objectives, gram, coefficients, gamma, stretch)
+    def stats(self) -> BlockStats:
+        """All records along a leading dimension, on the host, the scale as a stretch."""
+        m, table = len(self.objectives), self._table()
+        gram, coefficients, scale = table.split([m * m, m, 1], dim=1)
+        gram = gram.reshape(-1, m, m)
+        return BlockStats(self.objectives, gram, coefficients, stretch=scale[:, 0])
 
-    def largest_coefficients(self) -> Tensor:
-        """What a gradient was multiplied by at most in each step, the stretch included."""
-        largest = self.stats().coefficients.amax(-1)
-        return largest * self._table()[:, -1] if self.key.has_stretch else largest
+    def norm_ratios(self) -> Tensor:
+        """Norm of the longest gradient over that of the shortest not zero, in each step."""
+        norms = self.stats().norms
+        return norms.amax(-1) / norms.where(norms > 0, torch.inf).amin(-1)
+
+    def part(self, places: slice) -> "BlockHistory":
+        """Some of the records."""
+        return BlockHistory(self.block, self.objectives, self.steps[places], self._table()[places])
+
+    def meeting(self) -> "BlockHistory":
+        """The records with two gradients or more that are not zero."""
+        return self._where((self.stats().norms != 0).sum(-1) > 1)
+
+    def finite(self) -> "BlockHistory":
+        """The records whose gradients are finite."""
+        return self._where(self.stats().gram.isfinite().flatten(-2).all(-1))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and one tensor: the arguments that make the same history."""
         steps = [tuple(step) for step in self.steps]
-        return {"key": tuple(self.key), "steps": steps, "table": self._table().clone()}
+        table = self._table().clone()
+        return {"block": self.block, "objectives": self.objectives, "steps": steps, "table": table}
+
+    def _where(self, mask: Tensor) -> "BlockHistory":
+        steps = compress(self.steps, mask.tolist())
+        return BlockHistory(self.block, self.objectives, steps, self._table()[mask])
 
     def _table(self) -> Tensor:
         """All records, one a row, which are on the host from now on."""
@@ -84,21 +93,6 @@ class BlockHistory:
 
     def _pack(self) -> None:
         if self._records:
-            self._packed.append(torch.stack(self._records))
+            device = self._records[0].device  # that of the model, which can be moved
+            self._packed.append(torch.stack([record.to(device) for record in self._records]))
             self._records = []
-
-
-def columns_of(stats: BlockStats, attributes: Iterable[str]) -> dict[str, Tensor]:
-    """Columns of the table, each of shape ``(steps,)``: one for the block, each loss, each pair."""
-    columns = {}
-    names = list(enumerate(stats.objectives))
-    for attribute in attributes:
-        values, title = getattr(stats, attribute), attribute.removesuffix("s")
-        if values.ndim == 1:
-            columns[title] = values
-        elif values.ndim == 2:
-            columns.update({f"{title}/{name}": values[:, i] for i, name in names})
-        else:
-            pairs = combinations(names, 2)
-            columns.update({f"{title}/{a}+{b}": values[:, i, j] for (i, a), (j, b) in pairs})
-    return columns

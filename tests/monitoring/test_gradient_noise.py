@@ -56,7 +56,6 @@ def test_same_as_the_covariance_matrix(chunk: int, monkeypatch: pytest.MonkeyPat
         expected = oracle(plain_gradients(model, batches, loss, model.audio))
         assert numbers(noise) == pytest.approx(expected, rel=1e-5)
         assert noise.norm == pytest.approx(max(expected[0], 0) ** 0.5, rel=1e-5)
-        assert noise.batches == 9
 
 
 def products_across_batches(one: Tensor, other: Tensor) -> float:
@@ -275,9 +274,9 @@ def test_mistakes() -> None:
         gradient_noise(model, lambda batch: model.losses(batch)["mm"], batches)  # type: ignore[arg-type, return-value]
     with pytest.raises(ValueError, match="no loss reaches params"):
         gradient_noise(model, lambda b: {"mm": model.losses(b)["mm"]}, batches, model.audio_head)
-    with pytest.raises(ValueError, match=r"params\[0\], a Parameter, is not a parameter of"):
+    with pytest.raises(ValueError, match="no parameter of the model"):
         gradient_noise(model, model.losses, batches, [nn.Parameter(torch.zeros(2))])
-    with pytest.raises(ValueError, match=r"params\[0\], a str, is not"):
+    with pytest.raises(ValueError, match="no parameter of the model"):
         gradient_noise(model, model.losses, batches, ["audio"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"torch\.nn\.Module, got list"):
         gradient_noise(list(model.parameters()), model.losses, batches)  # type: ignore[arg-type]
@@ -287,5 +286,5 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"batch 1 has losses \['mm'\].*\['mm', 'audio'\]"):
         gradient_noise(model, lambda b: {k: model.losses(b)[k] for k in next(names)}, batches)
     batches[2][0][0, 0] = torch.nan
-    with pytest.raises(ValueError, match="'mm' has a gradient that is not finite in batch 2"):
+    with pytest.raises(ValueError, match="'mm': a gradient not finite in batch 2"):
         gradient_noise(model, model.losses, batches, model.mm_head)

@@ -72,7 +72,6 @@ def phase_by_hand(steps: list[list[list[float]]], rows: list[dict[str, Any]]) ->
         statistics.median_low(ratios) if ratios else math.nan,
         statistics.median_low(cosines) if cosines else math.nan,
         sum(not any(row) for row in coefficients),
-        max(map(max, coefficients)) if coefficients else math.nan,
         len(steps) - sum(finite),
         rows[0]["step"],
         rows[-1]["step"],
@@ -121,16 +120,6 @@ def test_numbers(
     products = [products_of(step) for step in gradients if is_finite(step)]
     harmed = [sum(sum(gram[i]) < 0 for gram in products) / len(products) for i in range(m)]
     assert block.harmed == pytest.approx({f"loss{i}": share for i, share in enumerate(harmed)})
-    pairs = {
-        (f"loss{i}", f"loss{j}"): sum(gram[i][j] < 0 for gram in products) / len(products)
-        for i in range(m)
-        for j in range(i + 1, m)
-    }
-    assert block.worst_pair_conflict == pytest.approx(max(pairs.values()))
-    if block.worst_pair is None:
-        assert not any(pairs.values())
-    else:
-        assert pairs[block.worst_pair] == max(pairs.values())
 
 
 def test_exactly_opposite_gradients_give_zero() -> None:
@@ -156,38 +145,33 @@ def test_settings_that_change_make_no_second_block() -> None:
 
 
 def phase(**values: Any) -> PhaseSummary:
-    usual = PhaseSummary(1000, 0.1, 0.0, 3.0, 0.2, 0, 1.0, 0, 0, 999)
+    usual = PhaseSummary(1000, 0.1, 0.0, 3.0, 0.2, 0, 0, 0, 999)
     return dataclasses.replace(usual, **values)
 
 
 def block_of(whole: PhaseSummary, early: PhaseSummary, late: PhaseSummary) -> BlockSummary:
     names = ("a", "b", "c")
-    return BlockSummary(
-        "a+b+c", names, whole, early, late, dict.fromkeys(names, 0.0), None, 0.0, 0.0
-    )
+    return BlockSummary("a+b+c", names, whole, early, late, dict.fromkeys(names, 0.0), 0.0)
 
 
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ({"steps": 99}, "99 steps are too few to tell: measure 100 or more"),
-        ({"steps": 105, "not_finite": 10}, "95 steps are too few to tell: measure 100 or more"),
+        ({"steps": 99}, "99 steps are too few to tell: measure 100"),
+        ({"steps": 105, "not_finite": 10}, "95 steps are too few to tell: measure 100"),
         ({"not_finite": 101}, "^101 of 1000 steps had a gradient that is not finite: find out why"),
         ({"steps": 5, "not_finite": 5, "harmful": math.nan}, "5 of 5 steps had a gradient"),
         ({"not_finite": 100}, "expect nothing"),
-        ({"harmful": 0.003}, "agrees with every loss's own gradient in 99.7 % .*: expect nothing"),
-        ({"harmful": 0.0}, "in 100 % of the steps: expect nothing .* larger learning rate"),
-        ({"harmful": 0.0001}, "in >99.9 % of the steps"),
-        ({"harmful": 0.07}, "opposes a loss's own gradient in 7.0 % of the steps.*: expect little"),
-        ({"harmful": 0.62}, 'opposes .* in 62.0 % .*: integration may pay.* a sweep .*"uniform"'),
+        ({"harmful": 0.003}, "in 0.3% of the steps .*: expect nothing .* larger learning rate"),
+        ({"harmful": 0.07}, "opposes a loss's own gradient in 7.0% of the steps.*: expect little"),
+        ({"harmful": 0.62}, 'opposes .* in 62.0% .*: integration may pay.* a sweep .*"uniform"'),
         (
             {"norm_ratio": 1234.0},
-            'The longest gradient is 1,234 times the shortest, so the sum .*weight.*"upgrad"',
+            "in 0.0% .*, and the longest gradient is 1,234 times the shortest: weight the losses",
         ),
         (
             {"norm_ratio": 250.0, "harmful": 0.8},
-            "opposes .* in 80.0 % .*, and the longest gradient is 250 times the shortest: weight"
-            " the losses first",
+            "in 80.0% .*, and the longest gradient is 250 times the shortest: weight the losses",
         ),
         ({"norm_ratio": math.nan}, "expect nothing"),
     ],
@@ -202,7 +186,7 @@ def test_verdicts(values: dict[str, Any], verdict: str) -> None:
 def test_a_share_that_changes_is_told() -> None:
     early, late = phase(harmful=0.02), phase(harmful=0.4)
     block = block_of(phase(harmful=0.21), early, late)
-    assert "21.0 % of the steps (2.0 % early, 40.0 % late)" in block.verdict
+    assert "21.0% of the steps (2.0% early, 40.0% late)" in block.verdict
 
 
 def test_a_training_that_diverges_is_not_praised() -> None:
@@ -216,7 +200,7 @@ def test_a_training_that_diverges_is_not_praised() -> None:
     assert whole.endswith("180")
     assert late.split()[-1] == "66"
     assert "inf" not in late
-    assert late.split().count("nan") == 5
+    assert late.split().count("nan") + late.split().count("nan%") == 4
 
 
 def test_a_training_that_diverges_at_the_end_is_not_praised() -> None:
@@ -228,7 +212,7 @@ def test_a_training_that_diverges_at_the_end_is_not_praised() -> None:
 def test_the_few_steps_that_a_grad_scaler_skips_are_only_counted() -> None:
     whole, early = phase(steps=120, not_finite=8), phase(steps=40, not_finite=8)
     block = block_of(whole, early, phase(steps=40))
-    assert "agrees with every loss's own gradient" in block.verdict
+    assert "expect nothing" in block.verdict
 
 
 def test_blocks_of_one_name_are_told_apart() -> None:
@@ -243,14 +227,14 @@ def test_blocks_of_one_name_are_told_apart() -> None:
     assert (three.block, two.block) == ("encoder", "encoder")
     assert (two.whole.first_step, two.whole.last_step) == (6, 8)
     lines = str(recorder.summary()).splitlines()
-    assert lines[4] == "  of loss0, loss1, loss2"
-    assert lines[8] == "  of loss0, loss1"
-    assert lines[7].split()[:2] == ["late", "8-8"]
+    assert lines[1].startswith("encoder (loss0, loss1, loss2)  whole")
+    assert lines[4].startswith("encoder (loss0, loss1)         whole")
+    assert lines[6].split()[:2] == ["late", "8-8"]
     assert any(line.startswith("encoder (loss0, loss1, loss2): 6 steps are") for line in lines)
     assert lines[-1].startswith("encoder (loss0, loss1): 3 steps are too few")
 
 
-def test_whom_the_sum_opposes_and_who_oppose_each_other() -> None:
+def test_whom_the_sum_opposes() -> None:
     steps = torch.zeros(10, 3, 2)
     steps[:, 0] = torch.tensor([3.0, 0.0])
     steps[:, 1] = torch.tensor([0.0, 1.0])
@@ -260,11 +244,8 @@ def test_whom_the_sum_opposes_and_who_oppose_each_other() -> None:
     summary = recorded(steps, integration="uniform").summary()
     (block,) = summary.blocks
     assert block.harmed == pytest.approx({"loss0": 0, "loss1": 0.2, "loss2": 0.4})
-    assert block.worst_pair == ("loss0", "loss2")
-    assert (
-        "loss0+loss1+loss2: opposed by the sum: loss2 40.0 %, loss1 20.0 %; "
-        "worst pair: loss0, loss2 (40.0 %)"
-    ) in str(summary).splitlines()
+    assert "loss0+loss1+loss2: 10 steps are too few" in str(summary)
+    assert str(summary).endswith(" Opposed by the sum: loss2 40.0%, loss1 20.0%.")
 
 
 def test_at_most_five_losses_are_named() -> None:
@@ -273,35 +254,23 @@ def test_at_most_five_losses_are_named() -> None:
     for loss in range(1, 8):
         steps[:loss, loss] = -1.0
     lines = str(recorded(steps, integration="uniform").summary()).splitlines()
-    (line,) = (line for line in lines if "opposed by the sum" in line)
+    (line,) = (line for line in lines if "Opposed by the sum" in line)
     assert re.findall(r"loss(\d) \d", line) == ["7", "6", "5", "4", "3"]
-
-
-def test_one_sentence_for_blocks_of_which_it_says_the_same() -> None:
-    model = LateFusion()
-    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), integration="uniform")
-    recorder = ConflictRecorder()
-    opt.step(losses=model.losses(audio_visual_batch()))
-    recorder.record(opt)
-    text = str(recorder.summary())
-    assert text.count("too few to tell") == 1
-    assert text.splitlines()[-1].startswith("mm+audio, mm+visual: 1 steps are too few")
 
 
 def test_printed_it_is_a_table() -> None:
     steps = torch.randn(120, 2, 4)
     text = str(recorded(steps, integration="uniform").summary())
-    head, whole, early, late, empty, opposed, second_empty, told = text.splitlines()
+    head, whole, early, late, empty, told = text.splitlines()
     assert " ".join(head.split()) == (
-        "block steps conflict harmful norm ratio cosine zero coefficient"
+        "block steps conflict harmful norm ratio cosine zero not finite"
     )
     assert whole.split()[:4] == ["loss0+loss1", "whole", "0-119", "120"]
     assert early.split()[:3] == ["early", "0-39", "40"]
     assert late.split()[:3] == ["late", "80-119", "40"]
-    assert empty == second_empty == ""
-    assert opposed.startswith("loss0+loss1: opposed by the sum: loss")
-    assert "pair" not in opposed
+    assert empty == ""
     assert told.startswith("loss0+loss1: The summed gradient opposes")
+    assert "Opposed by the sum: loss" in told
     assert len({len(line) for line in (head, whole, early, late)}) == 1
 
 
@@ -340,29 +309,6 @@ def test_zero_gradients_alone_are_nothing_recorded() -> None:
     summary = recorded(torch.zeros(120, 2, 3), integration="uniform").summary()
     assert summary.blocks == ()
     assert "nothing recorded" in str(summary)
-
-
-def test_the_largest_coefficient_counts_the_stretch_of_tensors() -> None:
-    """As the gradients themselves say: what is written over what was differentiated."""
-    params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2)]
-    integrator = GradientIntegrator(params, rescale="tensor")
-    recorder = ConflictRecorder()
-    rows = torch.tensor([[[1.0, 0.0], [-1.0, 2.0]], [[4.0, 0.0], [-3.9, 0.1]]]).double()
-    first, second = params
-    of_second = vectors_as_losses(second, rows[1])
-    losses = vectors_as_losses(first, rows[0])
-    integrator.backward({name: loss + of_second[name] for name, loss in losses.items()})
-    recorder.record(integrator)
-    (stats,) = integrator.stats.values()
-    assert stats.stretch is not None
-    largest = 0.0
-    for param, row in zip(params, rows, strict=True):
-        assert param.grad is not None
-        largest = max(largest, float(torch.linalg.solve(row.T, param.grad).max()))
-    assert stats.stretch.max() > stats.stretch.mean() > 1
-    (block,) = recorder.summary().blocks
-    assert block.whole.largest_coefficient == pytest.approx(largest)
-    assert recorder.rows()[0]["scale"] == pytest.approx(float(stats.stretch.mean()))
 
 
 @pytest.mark.parametrize(("device", "dtype"), OTHER_DEFAULTS)
