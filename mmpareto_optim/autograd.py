@@ -219,14 +219,12 @@ def add_what_functions_wrote(gradient: Gradient, params: Sequence[Tensor]) -> bo
     the parameters inside it, which is a part of the gradient that ``torch.autograd.grad`` does not
     return.
     """
-    any_written = False
-    for position, param in enumerate(params):
-        if param.is_leaf and param.grad is not None:
-            written, param.grad = param.grad, None
-            known = gradient[position]
-            gradient[position] = written if known is None else known + written
-            any_written = True
-    return any_written
+    written = [i for i, p in enumerate(params) if p.is_leaf and p.grad is not None]
+    for position in written:
+        param, known = params[position], gradient[position]
+        gradient[position] = param.grad if known is None else known + param.grad
+        param.grad = None
+    return bool(written)
 
 
 @contextmanager
@@ -271,9 +269,12 @@ def check_dense(
     name: str, gradient: Gradient, params: Sequence[Tensor], describe: Describe
 ) -> None:
     """Raise TypeError for a sparse gradient; names the loss and the parameter."""
-    for param, piece in zip(params, gradient, strict=True):
-        if piece is not None and piece.layout != torch.strided:
-            raise TypeError(
-                f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
-                "gradients can be integrated: build the embedding with sparse=False"
-            )
+    layouts = [torch.strided if piece is None else piece.layout for piece in gradient]
+    if layouts.count(torch.strided) < len(layouts):
+        param = next(
+            p for p, layout in zip(params, layouts, strict=True) if layout != torch.strided
+        )
+        raise TypeError(
+            f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
+            "gradients can be integrated: build the embedding with sparse=False"
+        )

@@ -47,8 +47,8 @@ def gram_matrix(spans: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
 
 def _may_be_quick(spans: Sequence[Sequence[Tensor]]) -> bool:
     return (
-        all(rows[0].device.type == "cpu" and rows[0].dtype == torch.float32 for rows in spans)
-        and sum(rows[0].numel() for rows in spans) >= LONG
+        sum(rows[0].numel() for rows in spans) >= LONG
+        and all(rows[0].device.type == "cpu" and rows[0].dtype == torch.float32 for rows in spans)
         and _multiplies_in_float32(len(spans[0]))
     )
 

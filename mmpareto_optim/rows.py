@@ -175,9 +175,7 @@ def flatten(forms: tuple[Form, ...], gradient: Gradient, given: Given, kept: Con
 
 def forms_of(likes: Iterable[Tensor]) -> tuple[Form, ...]:
     """What some parameters, or tensors like their gradients, are."""
-    return tuple(
-        _form(like.shape, like.stride(), gradient_dtype(like), like.device) for like in likes
-    )
+    return tuple([_form(t.shape, t.stride(), gradient_dtype(t), t.device) for t in likes])
 
 
 def sum_of_rows(new: Row, old: Gradient) -> Row:
