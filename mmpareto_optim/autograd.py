@@ -219,11 +219,10 @@ def add_what_functions_wrote(gradient: Gradient, params: Sequence[Tensor]) -> bo
     the parameters inside it, which is a part of the gradient that ``torch.autograd.grad`` does not
     return.
     """
-    written = [i for i, p in enumerate(params) if p.is_leaf and p.grad is not None]
-    for position in written:
-        param, known = params[position], gradient[position]
-        gradient[position] = param.grad if known is None else known + param.grad
-        param.grad = None
+    written = {i: p.grad for i, p in enumerate(params) if p.is_leaf and p.grad is not None}
+    for position, by_function in written.items():
+        known, params[position].grad = gradient[position], None
+        gradient[position] = by_function if known is None else known + by_function
     return bool(written)
 
 

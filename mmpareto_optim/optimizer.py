@@ -16,9 +16,10 @@ from mmpareto_optim.base_optimizer import (
     raise_if_second_order,
 )
 from mmpareto_optim.integrator import GradientIntegrator
-from mmpareto_optim.messages import warn_of_line_search, warn_of_nothing_to_integrate
+from mmpareto_optim.messages import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
 from mmpareto_optim.optimizer_list import as_one
 from mmpareto_optim.options import Rescale, RuleChoice
+from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Losses
 
 if TYPE_CHECKING:  # not in every build
@@ -255,8 +256,15 @@ class MMParetoOptimizer(Optimizer):
     gamma = forwarded_property("_integrator", "gamma")
     rescale = forwarded_property("_integrator", "rescale")
 
-    stats = forwarded_property("_integrator", "stats")
-    blocks = forwarded_property("_integrator", "blocks")
+    @property
+    def stats(self) -> dict[str, BlockStats]:
+        """As of the class."""
+        return self._integrator.stats
+
+    @property
+    def blocks(self) -> Blocks:
+        """As of the class: what to print first when results surprise."""
+        return self._integrator.blocks
 
     param_groups = forwarded_property("optimizer", "param_groups")
     state = forwarded_property("optimizer", "state")

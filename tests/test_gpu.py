@@ -144,7 +144,9 @@ def as_several(nccl: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     from mmpareto_optim.distributed.select import ProcessSelection
 
     def choose(reduce_dtype: torch.dtype | None = None) -> None:
-        processes = DataParallel(torch.distributed.group.WORLD, reduce_dtype)
+        world = torch.distributed.group.WORLD
+        assert world is not None
+        processes = DataParallel(world, reduce_dtype)
         monkeypatch.setattr(ProcessSelection, "of", lambda *_: processes)
 
     return choose
