@@ -54,8 +54,8 @@ def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float
     for index, (gram, formula) in enumerate(zip(grams, formulas, strict=True)):
         size = gram.shape[-1]
         if gram.is_cpu and gram.ndim == 2 and type(gram) is Tensor:
-            # NumPy alone would take as long as a pair's closed form.
-            matrix = gram.tolist() if size == 2 else gram.detach().double().numpy()
+            # Making an array would take as long as a pair's closed form.
+            matrix = gram if size == 2 else gram.detach().double().numpy()
             found[index] = torch.from_numpy(np.array(of_one(matrix, formula, gamma)))
         elif size == 1 or (gram.is_meta and size > 2):
             found[index] = torch.ones_like(gram[..., 0], dtype=solver_dtype(gram))
@@ -86,7 +86,7 @@ def of_pairs(gram: Tensor, formulas: Formulas, gamma: float) -> Tensor:
     return found.masked_fill((squares <= 0).any(-1, keepdim=True), 1.0)
 
 
-def of_pair(gram: Any, formulas: Formulas, gamma: float) -> tuple[float, float]:
+def of_pair(gram: list[list[float]], formulas: Formulas, gamma: float) -> tuple[float, float]:
     """As :func:`of_pairs` for one matrix in Python's own numbers, which takes microseconds."""
     (one, upper), (lower, other) = gram
     if one <= 0 or other <= 0:
@@ -115,13 +115,13 @@ def on_host(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float)
 
 
 def of_one(gram: Any, formulas: Formulas, gamma: float) -> Any:
-    """Coefficients of one Gram matrix ``(m, m)`` of float64 numbers; of a pair in lists as well.
+    """Coefficients of one Gram matrix ``(m, m)`` of float64 numbers; of a pair as a tensor as well.
 
     A zero gradient is absent; the mean of the others' coefficients keeps ``BlockStats.scale``.
     """
     size = len(gram)
     if size == 2:
-        return of_pair(gram, formulas, gamma)
+        return of_pair(gram.tolist(), formulas, gamma)
     squares = gram.diagonal()
     nonzero = ~(squares <= 0)  # NaN is not zero
     count = sum(nonzero.tolist())
