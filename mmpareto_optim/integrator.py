@@ -128,34 +128,21 @@ class GradientIntegrator:
         retain_graph: bool = False,
     ) -> None:
         """As :meth:`MMParetoOptimizer.backward`."""
-        self.integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
+        run = self.integrate
+        if torch.compiler.is_compiling():  # the graph is broken around the integration
+            run = torch.compiler.disable(run)
+        run(losses, features, param_groups_by_modality, retain_graph, keep=True)
 
     def integrate(
         self,
         losses: Losses,
-        features: Features | None = None,
-        param_groups_by_modality: Mapping[str, Any] | None = None,
+        features: Features | None,
+        by_hand: Mapping[str, Any] | None,
         retain_graph: bool = False,
         *,
         keep: bool,
     ) -> None:
-        """:meth:`backward`; without ``keep`` for a step that follows, after which nothing adds up.
-
-        Where ``torch.compile`` traces the step around it, the graph is broken here.
-        """
-        run = self._integrate
-        if torch.compiler.is_compiling():
-            run = torch.compiler.disable(run)
-        run(losses, features, param_groups_by_modality, retain_graph, keep)
-
-    def _integrate(
-        self,
-        losses: Losses,
-        features: Features | None,
-        by_hand: Mapping[str, Any] | None,
-        retain_graph: bool,
-        keep: bool,
-    ) -> None:
+        """:meth:`backward`; without ``keep`` nothing is added to later, as a step follows."""
         params = self._trainable()
         processes = self._selection.of(params)
         with processes.failing_together(), grads_set_aside(params) as before:
@@ -272,10 +259,8 @@ class GradientIntegrator:
         """Clear the gradients, and what has accumulated."""
         self.end_window()
         for param in self._held():
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad = torch.zeros_like(param.grad)
+            gradient = None if set_to_none else param.grad
+            param.grad = None if gradient is None else torch.zeros_like(gradient)
 
     def _held(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
