@@ -20,7 +20,7 @@ params = [*cell.parameters(), *one.parameters(), *other.parameters()]
 opt = MMParetoOptimizer(torch.optim.SGD(params, lr=0.1))
 for _ in range(2):
     state = torch.zeros(1, 3), torch.zeros(1, 3)
-    for _ in range(12_000):
+    for _ in range(6_000):
         state = cell(torch.ones(1, 2), state)
     opt.zero_grad()
     opt.step(losses={"one": one(state[0]).sum(), "other": other(state[0]).square().sum()})
@@ -52,14 +52,13 @@ def test_features_of_a_deep_encoder(operations: int) -> None:
     z = deep(encoder, operations)
     losses = {"one": one(z).square().sum(), "other": other(z).square().sum()}
     if operations > 3000:
-        with pytest.raises(ValueError, match="deep.*leave features out"):
+        with pytest.raises(ValueError, match=r"deep.*leave features out"):
             opt.backward(losses, features={"z": z})
         assert all(param.grad is None for param in model.parameters())
         return
     opt.backward(losses, features={"z": z})
-    found = {name: gradient.clone() for name, gradient in grads(model).items()}
+    found = grads(model)
     opt.zero_grad()
     z = deep(encoder, operations)
     (one(z).square().sum() + other(z).square().sum()).backward()
-    for name, gradient in grads(model).items():
-        torch.testing.assert_close(found[name], gradient)
+    torch.testing.assert_close(found, grads(model))
