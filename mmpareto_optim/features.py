@@ -22,7 +22,7 @@ from mmpareto_optim.autograd import (
     local_forms,
 )
 from mmpareto_optim.blocks import Block, Reach
-from mmpareto_optim.graph import DEEPEST, Edge, edge_of, edges_behind, leaves_of
+from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
 from mmpareto_optim.integration import Integrated, Integration
 from mmpareto_optim.messages import Seen, raise_explained, warn, warn_of_unheld
 from mmpareto_optim.rows import Row, flatten, forms_of
@@ -70,11 +70,6 @@ def rows_through(
     integrated = [at_features.gradients[position] for position in range(len(outputs))]
     behind = paths.through_encoders(params, integrated, backward.retain_graph)
     add_what_functions_wrote(behind, params)
-    if any(behind[position] is not None for position in paths.heads):
-        raise ValueError(
-            f"the encoders behind the features {list(features)} are more than {DEEPEST} operations "
-            "deep, too deep to be told from the heads: leave features out for the exact gradients"
-        )
     kept = memory.kept("the features", behind)
     plain = averaged_row(processes, "the features", forms, behind, kept)
     del behind
@@ -126,7 +121,7 @@ class FeaturePaths:
         every = set[Tensor]().union(*self.behind.values())
         before: set[Tensor] = set()
         for name, loss in losses.items():
-            leaves = leaves_of(edges_behind([edge_of(loss)], stops))
+            leaves = leaves_of(edges_behind([edge_of(loss)], stops, to_the_end=True))
             for param in leaves & every.intersection(params):
                 raise ValueError(
                     f"loss {name!r} reaches {describe(param)} around the features "
@@ -169,7 +164,7 @@ def _leaves_by_feature(features: Features) -> dict[str, set[Tensor]]:
     leaves = {}
     for name, feature in features.items():
         own = edge_of(feature)
-        behind = list(edges_behind([own]))
+        behind = list(edges_behind([own], to_the_end=True))
         for edge in behind:
             if edge in names and edge != own:
                 raise ValueError(

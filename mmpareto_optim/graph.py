@@ -23,14 +23,16 @@ def edge_of(tensor: Tensor) -> Edge:
 
 
 def edges_behind(
-    starts: Iterable[Edge], stops: Container[Edge] = (), seen: set[Edge] | None = None
+    starts: Iterable[Edge],
+    stops: Container[Edge] = (),
+    seen: set[Edge] | None = None,
+    *,
+    to_the_end: bool = False,
 ) -> Iterator[Edge]:
-    """Each edge on the way from some to the leaves, once, down to a depth of ``DEEPEST``.
+    """Each edge on the way from some to the leaves, once, but for those seen; ends at stops.
 
-    Args:
-        starts: where the way begins.
-        stops: edges where it ends.
-        seen: edges to leave out; those that are given are added.
+    Raises:
+        ValueError: the graph is deeper than is walked, and has to be walked ``to_the_end``.
     """
     seen = set() if seen is None else seen
     level = list(starts)
@@ -44,6 +46,11 @@ def edges_behind(
             if edge not in stops:
                 behind.extend(edge[0].next_functions)
         level = behind
+    if level and to_the_end:
+        raise ValueError(
+            f"the graph is more than {DEEPEST} operations deep, too deep to tell which parameters "
+            "are behind the features: leave features out for the exact gradients"
+        )
 
 
 def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
