@@ -44,8 +44,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
         )
     if features is not None and losses is None:
         raise TypeError(
-            "step() takes features only with losses: a closure computes its own, and calls "
-            "backward(losses, features=...) itself"
+            "step() takes features only with losses: a closure calls backward(losses, features=...)"
         )
     if by_hand is not None and losses is None and closure is None:
         raise TypeError("step() takes param_groups_by_modality only with losses or a closure")

@@ -32,11 +32,7 @@ def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
 
 
 class OptimizerList(Optimizer):
-    """Steps each of its optimizers; its groups are theirs, one after the other.
-
-    ``state_dict()`` is that of one optimizer with all the groups: torch.optim's own methods make
-    and load it.
-    """
+    """Steps each of its optimizers; to ``state_dict()`` it is one, with the groups of all."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = tuple(optimizers)
@@ -54,8 +50,7 @@ class OptimizerList(Optimizer):
                 if holder.setdefault(param, number) != number:
                     raise ValueError(
                         f"parameter {index} of optimizer {number}, of shape {tuple(param.shape)}, "
-                        f"is in optimizer {holder[param]} too, and both would step it: leave it in "
-                        "one"
+                        f"is in optimizer {holder[param]} too, and both would step it: drop one"
                     )
 
     @property
@@ -107,10 +102,7 @@ class OptimizerList(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: nobody knows which of them is meant."""
-        raise ValueError(
-            "add_param_group() does not know which of several optimizers is meant: call it on one "
-            "of them"
-        )
+        raise ValueError("add_param_group() is not for several optimizers: call it on one of them")
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Called before the first optimizer steps."""

@@ -42,15 +42,13 @@ def _as_group(group: dict[str, Any]) -> dict[str, Any]:
 
 def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
     """A parameter's name for error messages, or where it stands."""
-    number, index, group = next(
-        (number, index, group)
-        for number, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-        if param is wanted
-    )
-    if "param_names" in group:
-        return f"parameter {group['param_names'][index]!r}"
-    return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+    for number, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if param is wanted and "param_names" in group:
+                return f"parameter {group['param_names'][index]!r}"
+            if param is wanted:
+                return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+    raise KeyError(wanted)
 
 
 def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:

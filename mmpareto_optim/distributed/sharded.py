@@ -45,10 +45,10 @@ class Sharded(Processes):
                     f"parameters are sharded over {sorted(some)} of them: pass the data-parallel "
                     "processes alone, as in process_group=mesh['dp'].get_group()"
                 )
+        # Not over a mesh, which has averaged by itself.
         self._positions_to_average = tuple(
             position
             for position, param in enumerate(params)
-            # Over a mesh gradients are averaged already.
             if not isinstance(param, DTensor) or not averaged <= ranks[param.device_mesh]
         )
         self.shares = tuple(_shards_of(param) / len(everyone) for param in params)
@@ -93,9 +93,13 @@ class Sharded(Processes):
         gradient of the DTensor that the optimizer holds is only ever found in its ``.grad``.
         """
         torch.autograd.backward(outputs, retain_graph=retain_graph)
-        found = [_local_gradient(param) for param in params]
+        found: Gradient = []
         for param in params:
-            param.grad = None
+            gradient, param.grad = param.grad, None
+            placements = getattr(param, "placements", None)
+            if isinstance(gradient, DTensor) and gradient.placements != placements:
+                gradient = gradient.redistribute(placements=placements)  # a sum to be made, say
+            found.append(None if gradient is None else self.local(gradient))
         return found
 
     def given_by_all(self, name: str, given: Given) -> Given:
@@ -118,7 +122,8 @@ class Sharded(Processes):
         self._averaging.wait()
 
     def local(self, param: Tensor) -> Tensor:
-        return _local_part(param)
+        with torch.no_grad():
+            return param.to_local() if isinstance(param, DTensor) else param
 
     def spread(self, param: Tensor, local: Tensor) -> Tensor:
         if not isinstance(param, DTensor):
@@ -158,18 +163,3 @@ def _shards_of(param: Tensor) -> int:
         return 1
     sizes = zip(param.device_mesh.shape, param.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
-
-
-def _local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_gradient(param: Tensor) -> Tensor | None:
-    gradient = param.grad
-    if isinstance(param, DTensor) and isinstance(gradient, DTensor):
-        if gradient.placements != param.placements:  # a sum that is still to be made, say
-            gradient = gradient.redistribute(placements=param.placements)
-        gradient = _local_part(gradient)
-    return gradient
