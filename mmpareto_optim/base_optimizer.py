@@ -22,10 +22,8 @@ def forwarded_hook(name: str) -> Any:
     """A method that registers a hook on the base, which is handed the optimizer around it."""
 
     def register(self: Any, hook: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        def with_self(_: Any, *given: Any) -> Any:
-            return hook(self, *given)
-
-        return getattr(self.optimizer, name)(with_self, *args, **options)
+        register_on_base = getattr(self.optimizer, name)
+        return register_on_base(lambda _, *given: hook(self, *given), *args, **options)
 
     register.__name__ = name
     register.__doc__ = "As in ``torch.optim``."
@@ -46,8 +44,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
         )
     if features is not None and losses is None:
         raise TypeError(
-            "step() takes features only with losses: a closure computes its own, and calls "
-            "backward(losses, features=...) itself"
+            "step() takes features only with losses: a closure calls backward(losses, features=...)"
         )
     if by_hand is not None and losses is None and closure is None:
         raise TypeError("step() takes param_groups_by_modality only with losses or a closure")
@@ -61,8 +58,7 @@ def check_step(base: Optimizer, closure: Any, losses: Any, features: Any, by_han
 def raise_if_second_order(base: Optimizer, error: RuntimeError) -> None:
     """Raise a step's error with its mend, if the base wants to differentiate gradients once more.
 
-    Such bases (AdaHessian, SophiaH) tell nothing of it before they step; what they then raise is
-    torch's own error, or one of theirs, about a gradient without a ``grad_fn``.
+    Such bases (AdaHessian, SophiaH) raise about a gradient without a ``grad_fn``, as they step.
     """
     if "grad_fn" not in str(error):
         return
@@ -76,9 +72,8 @@ def raise_if_second_order(base: Optimizer, error: RuntimeError) -> None:
 
 def check_differentiated(result: Any, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise RuntimeError if a closure returned a loss and left no gradient anywhere."""
-    if not isinstance(result, Tensor) or not result.requires_grad:
-        return
-    if all(param.grad is None for group in groups for param in group["params"]):
+    has_graph = isinstance(result, Tensor) and result.requires_grad
+    if has_graph and all(param.grad is None for group in groups for param in group["params"]):
         raise RuntimeError(
             "the closure returned a loss and left no gradient: return the mapping of losses, or "
             "call backward() in it"

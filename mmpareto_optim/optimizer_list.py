@@ -1,5 +1,6 @@
 """Several optimizers as one, for a graph that they share: Muon and AdamW, encoders and heads."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -12,12 +13,7 @@ from mmpareto_optim.base_optimizer import needs_closure
 
 
 def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
-    """The optimizer itself, or one that steps several.
-
-    Raises:
-        TypeError: what is no optimizer, or ``not_a`` wrapper again.
-        ValueError: an empty list.
-    """
+    """The optimizer itself, or one that steps several; raises for anything else."""
     bases = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
     for base in bases:
         if not isinstance(base, Optimizer):
@@ -36,31 +32,26 @@ def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
 
 
 class OptimizerList(Optimizer):
-    """Steps each of its optimizers; its groups are theirs, one after the other.
-
-    ``state_dict()`` is that of one optimizer with all the groups: torch.optim's own methods make
-    and load it.
-
-    Args:
-        optimizers: at least two, of different parameters.
-
-    Raises:
-        TypeError: one of them cannot step without a closure.
-        ValueError: a parameter that two of them hold.
-    """
+    """Steps each of its optimizers; to ``state_dict()`` it is one, with the groups of all."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self.optimizers = tuple(optimizers)
         self.defaults: dict[str, Any] = {}
         # What torch.optim makes of an optimizer that it unpickles: hooks on state_dict().
         super().__setstate__({})
-        for optimizer in self.optimizers:
+        holder: dict[Tensor, int] = {}
+        for number, optimizer in enumerate(self.optimizers):
             if needs_closure(type(optimizer).step):
                 raise TypeError(
                     f"{type(optimizer).__name__} evaluates the losses more than once in a step, "
                     "which the others cannot follow: give it alone"
                 )
-        _check_disjoint(self.optimizers)
+            for index, param in enumerate(_params_of(optimizer)):
+                if holder.setdefault(param, number) != number:
+                    raise ValueError(
+                        f"parameter {index} of optimizer {number}, of shape {tuple(param.shape)}, "
+                        f"is in optimizer {holder[param]} too, and both would step it: drop one"
+                    )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -75,8 +66,10 @@ class OptimizerList(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """By parameter, what the optimizer that holds it keeps; a new mapping of the very dicts."""
-        return _StateByParameter(self.optimizers)
+        """By parameter, what the optimizer that holds it keeps: the very dicts, in a new one."""
+        return defaultdict(
+            dict, chain.from_iterable(each.state.items() for each in self.optimizers)
+        )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; a closure is evaluated once, before the first."""
@@ -97,18 +90,19 @@ class OptimizerList(Optimizer):
 
     def train(self) -> None:
         """Put those that have a mode (schedule-free ones) into that of training."""
-        self._call_if_defined("train")
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "train"):
+                optimizer.train()
 
     def eval(self) -> None:
         """Put those that have a mode into that of evaluation."""
-        self._call_if_defined("eval")
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "eval"):
+                optimizer.eval()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: nobody knows which of them is meant."""
-        raise ValueError(
-            "add_param_group() does not know which of several optimizers is meant: call it on one "
-            "of them"
-        )
+        raise ValueError("add_param_group() is not for several optimizers: call it on one of them")
 
     def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
         """Called before the first optimizer steps."""
@@ -118,58 +112,20 @@ class OptimizerList(Optimizer):
         """Called after the last optimizer has stepped."""
         return self.optimizers[-1].register_step_post_hook(lambda _, *args: hook(self, *args))
 
-    def _call_if_defined(self, name: str) -> None:
-        for optimizer in self.optimizers:
-            method = getattr(optimizer, name, None)
-            if callable(method):
-                method()
-
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.optimizers))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"optimizers": self.optimizers}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OptimizerList, (self.optimizers,)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, or, as ``load_state_dict()`` calls it, of the state and groups of all."""
-        if "optimizers" in state:
-            self.optimizers = state["optimizers"]
-            self.defaults = {}
-            super().__setstate__({})
-            return
-        groups = list(state["param_groups"])
+        """As ``load_state_dict()`` calls it, with the state and the groups of all."""
+        self.param_groups = state["param_groups"]
         for optimizer in self.optimizers:
-            count = len(optimizer.param_groups)
-            own, groups = groups[:count], groups[count:]
-            held = {param for group in own for param in group["params"]}
+            groups, held = optimizer.param_groups, set(_params_of(optimizer))
             kept = {param: value for param, value in state["state"].items() if param in held}
-            previous = optimizer.state
-            previous.clear()
-            previous.update(kept)
-            optimizer.__setstate__({"state": previous, "param_groups": own})
+            optimizer.__setstate__({"state": defaultdict(dict, kept), "param_groups": groups})
 
 
-class _StateByParameter(dict[Tensor, Any]):
-    """The state of several optimizers; that of a parameter without one is made by its holder."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        super().__init__(chain.from_iterable(each.state.items() for each in optimizers))
-        self._optimizers = optimizers
-
-    def __missing__(self, param: Tensor) -> Any:
-        for optimizer in self._optimizers:
-            if any(param is held for group in optimizer.param_groups for held in group["params"]):
-                self[param] = optimizer.state[param]
-                return self[param]
-        raise KeyError(param)
-
-
-def _check_disjoint(optimizers: Sequence[Optimizer]) -> None:
-    holder: dict[Tensor, int] = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, param in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-            if holder.setdefault(param, number) != number:
-                raise ValueError(
-                    f"parameter {index} of optimizer {number}, of shape {tuple(param.shape)}, is "
-                    f"in optimizer {holder[param]} too, and both would step it: leave it in one"
-                )
+def _params_of(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]

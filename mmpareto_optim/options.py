@@ -17,12 +17,7 @@ Rescale = Literal["encoder", "tensor"]
 
 @dataclass(frozen=True)
 class Options:
-    """How gradients are integrated; :class:`MMParetoOptimizer` says what the fields are.
-
-    Raises:
-        ValueError: an unknown rule or ``rescale``; ``gamma`` that is not positive, or beside a
-            function.
-    """
+    """How gradients are integrated; :class:`MMParetoOptimizer` says what the fields are."""
 
     integration: RuleChoice
     gamma: float | None
@@ -37,10 +32,9 @@ class Options:
             )
         if self.rescale not in ("encoder", "tensor"):
             raise ValueError(f'rescale must be "encoder" or "tensor", got {self.rescale!r}')
-        if self.gamma is None:
-            return
-        check_gamma(self.gamma)
-        if callable(self.integration):
+        if self.gamma is not None:
+            check_gamma(self.gamma)
+        if self.gamma is not None and callable(self.integration):
             raise ValueError(
                 f"gamma={self.gamma} is a factor on the rules that have a name: multiply the "
                 "coefficients of your function by it, and leave gamma out"
@@ -60,16 +54,13 @@ class Options:
     @property
     def rule_name(self) -> str:
         """That of the rule, or of the user's function."""
-        rule: Any = self.integration
-        return str(getattr(rule, "__name__", type(rule).__name__)) if callable(rule) else rule
+        rule = self.integration
+        return rule if isinstance(rule, str) else getattr(rule, "__name__", type(rule).__name__)
 
     def __str__(self) -> str:
-        settings = f"integration={self.rule_name!r}"
-        if not callable(self.integration):
-            settings += f", gamma={self.factor}"
-        if self.integration == "mmpareto":
-            settings += f", rescale={self.rescale!r}"
-        return settings
+        gamma = "" if callable(self.integration) else f", gamma={self.factor}"
+        rescale = f", rescale={self.rescale!r}" if self.integration == "mmpareto" else ""
+        return f"integration={self.rule_name!r}{gamma}{rescale}"
 
 
 def check_losses(losses: Any) -> None:
@@ -82,28 +73,23 @@ def check_losses(losses: Any) -> None:
     if not losses:
         raise ValueError("losses is empty: give at least one loss")
     for name, loss in losses.items():
-        _check_loss(name, loss)
-
-
-def _check_loss(name: str, loss: Any) -> None:
-    if loss is None:
-        raise TypeError(f"loss {name!r} is None: leave it out of losses in this step")
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss {name!r} must be a scalar tensor, got {type(loss).__name__}: "
-            "pass the tensor itself, not its .item()"
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss {name!r} must be a scalar, got shape {tuple(loss.shape)}: "
-            "reduce it with .mean() or .sum()"
-        )
-    if not loss.requires_grad:
-        raise ValueError(
-            f"loss {name!r} has no graph, so it has no gradient: compute it from the "
-            "model's output outside torch.no_grad() and without .detach(), or leave it "
-            "out of losses"
-        )
+        if loss is None:
+            raise TypeError(f"loss {name!r} is None: leave it out of losses in this step")
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"loss {name!r} must be a scalar tensor, got {type(loss).__name__}: "
+                "pass the tensor itself, not its .item()"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss {name!r} must be a scalar, got shape {tuple(loss.shape)}: "
+                "reduce it with .mean() or .sum()"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"loss {name!r} has no graph, so it has no gradient: compute it from the model's "
+                "output outside torch.no_grad() and without .detach(), or leave it out of losses"
+            )
 
 
 def check_features(features: Any) -> None:

@@ -1,6 +1,6 @@
 """Parameters as ``torch.optim`` takes them, and blocks chosen by hand."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,10 +27,9 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
 def _as_group(group: dict[str, Any]) -> dict[str, Any]:
     listed = group["params"]
     items = [listed] if isinstance(listed, Tensor) else list(listed)
-    named = [item for item in items if isinstance(item, tuple) and len(item) == 2]
-    if named:
-        group["param_names"] = [name for name, _ in named]
-        items = [param for _, param in named]
+    if items and all(map(_is_pair, items)):
+        group["param_names"] = [name for name, _ in items]
+        items = [param for _, param in items]
     for item in items:
         if not isinstance(item, Tensor):
             raise TypeError(
@@ -43,24 +42,17 @@ def _as_group(group: dict[str, Any]) -> dict[str, Any]:
 
 def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
     """A parameter's name for error messages, or where it stands."""
-    number, index, group = next(
-        (number, index, group)
-        for number, group in enumerate(groups)
-        for index, param in enumerate(group["params"])
-        if param is wanted
-    )
-    if "param_names" in group:
-        return f"parameter {group['param_names'][index]!r}"
-    return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+    for number, group in enumerate(groups):
+        for index, param in enumerate(group["params"]):
+            if param is wanted and "param_names" in group:
+                return f"parameter {group['param_names'][index]!r}"
+            if param is wanted:
+                return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+    raise KeyError(wanted)
 
 
 def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
-    """Resolve ``param_groups_by_modality`` to named parameters.
-
-    Args:
-        groups: a mapping from a modality's name to a module or several, to parameters, or to
-            ``(name, parameter)`` pairs. Generators are read once, here.
-        held: all parameters that are integrated.
+    """Named parameters of what ``param_groups_by_modality`` may be, which is read once, here.
 
     Raises:
         TypeError: not a mapping, or an entry of another kind; names the modality.
@@ -79,25 +71,19 @@ def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
             "param_groups_by_modality is empty: name at least one modality, or leave it out "
             "to have the blocks found from which losses reach which parameters"
         )
-    if len({str(name) for name in groups}) < len(groups):
-        raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
     modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
-    _check_disjoint(modalities)
-    check_held(modalities, held)
-    return modalities
-
-
-def _check_disjoint(modalities: Modalities) -> None:
+    if len(modalities) < len(groups):
+        raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
     owner: dict[Tensor, str] = {}
     for modality, params in modalities.items():
         for param, name in params.items():
-            if param in owner:
+            if owner.setdefault(param, modality) != modality:
                 raise ValueError(
-                    f"parameter {name} of modality {modality!r} is in modality "
-                    f"{owner[param]!r} too: leave it in one of them, or in neither to have "
-                    "its gradients added"
+                    f"parameter {name} of modality {modality!r} is in modality {owner[param]!r} "
+                    "too: leave it in one of them, or in neither to have its gradients added"
                 )
-            owner[param] = modality
+    check_held(modalities, held)
+    return modalities
 
 
 def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
@@ -115,30 +101,25 @@ def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
 
 def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
     if isinstance(entry, nn.Module):
-        items: list[Any] = list(entry.named_parameters())
-    elif isinstance(entry, Iterable) and not isinstance(entry, str | bytes | Tensor):
-        items = list(entry)
-    else:
-        items = [entry]
-    params: dict[Tensor, str] = {}
-    for index, item in enumerate(_without_modules(items)):
-        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
-        name, param = item if is_pair else (str(index), item)
+        entry = entry.named_parameters()
+    elif isinstance(entry, str | bytes | Tensor) or not isinstance(entry, Iterable):
+        entry = [entry]
+    pairs: list[tuple[str, Any]] = []
+    for index, item in enumerate(entry):
+        if isinstance(item, nn.Module):
+            pairs += [(f"{index}.{name}", param) for name, param in item.named_parameters()]
+        else:
+            pairs.append(item if _is_pair(item) else (str(index), item))
+    for _, param in pairs:
         if not isinstance(param, Tensor):
             raise TypeError(
                 f"modality {modality!r} must be modules, parameters or (name, parameter) "
                 f"pairs, got {type(param).__name__}"
             )
-        params[param] = f"{name!r} of shape {tuple(param.shape)}"
-    if not params:
+    if not pairs:
         raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
-    return params
+    return {param: f"{name!r} of shape {tuple(param.shape)}" for name, param in pairs}
 
 
-def _without_modules(items: Iterable[Any]) -> Iterator[Any]:
-    """Modules give way to their named parameters."""
-    for index, item in enumerate(items):
-        if isinstance(item, nn.Module):
-            yield from ((f"{index}.{name}", param) for name, param in item.named_parameters())
-        else:
-            yield item
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)

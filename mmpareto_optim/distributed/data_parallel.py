@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mmpareto_optim.distributed.handshake import DisagreementError, Handshake, Plan
 from mmpareto_optim.distributed.single import Processes
-from mmpareto_optim.rows import Given, Row, spans_of
+from mmpareto_optim.rows import Given, Layout, Row, Span, spans_of
 from mmpareto_optim.types import Constants
 
 if TYPE_CHECKING:  # not in every build
@@ -18,13 +19,7 @@ if TYPE_CHECKING:  # not in every build
 
 
 class _Average(NamedTuple):
-    """A part of a row that is being averaged.
-
-    Attributes:
-        work: what is waited for.
-        part: where the mean goes.
-        sent: what is averaged: the part itself, or a copy in another dtype.
-    """
+    """A part of a row that is being averaged; sent is the part, or a copy in another dtype."""
 
     work: dist.Work
     part: Tensor
@@ -45,63 +40,64 @@ class DataParallel(Processes):
 
     def __init__(self, group: "ProcessGroup", reduce_dtype: torch.dtype | None) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
         self._reduce_dtype = reduce_dtype
         if reduce_dtype is not None:
             self.rounding = torch.finfo(reduce_dtype).eps / 2
         self._handshake = Handshake(group)
+        self.ranks = frozenset(self._handshake.ranks)
+        self._others_compare_next = True
         self._underway: list[_Average] = []
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """An error on this rank becomes one on all of them, where they wait for its plan."""
+        """The others learn of an error where they compare plans next.
+
+        Where they wait in a collective that this rank never enters, it is out of step for good.
+        """
+        self._others_compare_next = True
         try:
             yield
         except BaseException as error:
             self._abandon()
-            if isinstance(error, Exception) and not isinstance(error, DisagreementError):
-                self._handshake.exchange(Plan(problem=f"{type(error).__name__}: {error}"))
-            raise
+            if isinstance(error, DisagreementError) or not isinstance(error, Exception):
+                raise
+            problem = f"{type(error).__name__}: {error}"
+            if self._others_compare_next:
+                self._handshake.exchange(Plan(problem=problem))
+                raise
+            self._handshake.failure = (
+                f"rank {dist.get_rank()} failed while gradients were averaged, and is out of step "
+                f"with the others: end all processes, and go on from a checkpoint. {problem}"
+            )
+            raise DisagreementError(self._handshake.failure) from error
+
+    def _compare(self, plan: Plan) -> list[Plan]:
+        self._others_compare_next = True
+        return self._handshake.compare(plan)
 
     def losses_of_all(self, names: Iterable[str], constants: Constants) -> list[str]:
         """Those of the first rank, then what others have besides."""
-        plans = self._handshake.compare(Plan(constants, tuple(names)))
+        plans = self._compare(Plan(constants, tuple(names)))
         return list(dict.fromkeys(name for plan in plans for name in plan.losses))
-
-    def check_alike(self, constants: Constants) -> None:
-        """Raise DisagreementError, on all ranks, if constants differ or one of them failed."""
-        self._handshake.compare(Plan(constants))
 
     def given_by_all(self, name: str, given: Given) -> Given:
         """A loss or a parameter that a rank does not reach counts as zero there."""
-        plans = self._handshake.compare(Plan((("loss", name),), given=given))
+        plans = self._compare(Plan((("loss", name),), given=given))
+        self._others_compare_next = False  # but average
         return tuple(map(any, zip(*(plan.given for plan in plans), strict=True)))
 
-    def average(self, row: Row) -> None:
-        """Begin to average a row in place."""
-        for segment, positions in zip(row.segments, row.layout.segments, strict=True):
-            self._begin(segment, row.layout.forms[positions[0]].dtype)
-
-    def average_at(self, row: Row, positions: Sequence[int]) -> None:
-        """As :meth:`average`, of some parameters' gradients."""
-        there = [position for position in positions if row.layout.given[position]]
-        for span in spans_of([row.layout], there):
-            dtype = row.layout.forms[span.positions[0]].dtype
-            self._begin(row.part(span.places[0]), dtype)
-
-    def _begin(self, part: Tensor, dtype: torch.dtype) -> None:
-        with self._handshake.agreed():
-            to = dtype.to_real() if self._reduce_dtype is None else self._reduce_dtype
-            if dtype.is_complex:
-                to = part.dtype
+    def average(self, row: Row, positions: tuple[int, ...] | None = None) -> None:
+        for span in _spans_to_average(row.layout, positions):
+            part, dtype = row.part(span.places[0]), span.forms[0].dtype
             # Divided before and not after, where the sum of half-precision numbers overflows.
-            part /= self.size
-            sent = part.to(to)
+            part /= len(self.ranks)
+            sent = part.to(part.dtype if dtype.is_complex else self._reduce_dtype or dtype)
             work = dist.all_reduce(sent, group=self.group, async_op=True)
             self._underway.append(_Average(work, part, sent))
+        self._others_compare_next = True
 
     def wait(self) -> None:
-        """Until all rows are averaged."""
+        self._others_compare_next = False  # in this backward, of which all else is done
         while self._underway:
             work, part, sent = self._underway.pop(0)
             work.wait()
@@ -116,11 +112,8 @@ class DataParallel(Processes):
                 average.work.wait()
 
     def largest(self, sizes: Tensor, at_features: bool) -> Tensor:
-        """At features over all ranks; infinite for NaN, which a maximum could lose."""
-        if at_features:
-            sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
-            dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=self.group)
-        return sizes
+        """At features, of which each rank has those of its examples, over all ranks."""
+        return largest_over([self.group], sizes) if at_features else sizes
 
     def grams(self, grams: Sequence[Tensor], at_features: bool) -> list[Tensor]:
         """Gram matrices for the whole batch.
@@ -130,22 +123,37 @@ class DataParallel(Processes):
         """
         if not at_features:
             return list(grams)
-        return [gram / self.size**2 for gram in summed(grams, [self.group])]
+        return [gram / len(self.ranks) ** 2 for gram in sums_over([self.group], grams)]
 
     def same(self, value: Tensor) -> Tensor:
-        """The first rank's value."""
+        """The first rank's value, where a user's function has not failed on any of them."""
+        self._compare(Plan((("collective", "coefficients"),)))
         value = value.clone(memory_format=torch.contiguous_format)
         dist.broadcast(value, src=dist.get_global_rank(self.group, 0), group=self.group)
         return value
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks."""
-        value = value / self.size
+        value = value / len(self.ranks)
         dist.all_reduce(value, group=self.group)
         return value
 
 
-def summed(tensors: Sequence[Tensor], groups: Sequence["ProcessGroup"]) -> list[Tensor]:
+@lru_cache(maxsize=256)
+def _spans_to_average(layout: Layout, positions: tuple[int, ...] | None) -> list[Span]:
+    """The fewest spans of the gradients of some parameters, or of all."""
+    there = layout.places if positions is None else layout.places.keys() & positions
+    return spans_of([layout], sorted(there, key=layout.places.__getitem__))
+
+
+def largest_over(groups: Sequence["ProcessGroup"], sizes: Tensor) -> Tensor:
+    """The largest sizes over some process groups; infinite for NaN, which a maximum could lose."""
+    sizes = sizes.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    for group in groups:
+        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
+    return sizes
+
+
+def sums_over(groups: Sequence["ProcessGroup"], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Small tensors summed over one process group after the other, together."""
     if not tensors:
         return []

@@ -16,18 +16,19 @@ if TYPE_CHECKING:  # not in every build
 
 REDUCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+UNSUPPORTED = {
+    "_fsdp_flattened": "the parameters belong to FullyShardedDataParallel (FSDP1), which reduces "
+    "no gradient of a single loss: shard",
+    "ds_status": "the parameters are partitioned by DeepSpeed's ZeRO 3, which leaves them empty "
+    "between its own passes: use ZeRO 1 or 2 as the recipe for DeepSpeed has it, or shard",
+}
+"""By an attribute that some library gives its parameters, what cannot be done with them."""
+
 
 class ProcessSelection:
     """Finds the processes that integrate as one, and keeps what it found while nothing changes.
 
-    Args:
-        process_group: the processes to average over; None for all.
-        average_gradients: False where each process trains a model of its own.
-        reduce_dtype: in what dtype gradients are averaged, or None for their own.
-
-    Raises:
-        ValueError: an unknown ``reduce_dtype``; a group that this process is not in; one of both
-            with ``average_gradients=False``.
+    Arguments and errors are those of :class:`MMParetoOptimizer`.
     """
 
     def __init__(
@@ -36,9 +37,27 @@ class ProcessSelection:
         average_gradients: bool,
         reduce_dtype: torch.dtype | None,
     ) -> None:
-        _check_reduce_dtype(reduce_dtype, average_gradients)
-        if process_group is not None:
-            _check_group(process_group, average_gradients)
+        if reduce_dtype not in (None, *REDUCE_DTYPES):
+            raise ValueError(
+                f"reduce_dtype must be one of {', '.join(map(str, REDUCE_DTYPES))}, or None for "
+                f"that of each gradient, got {reduce_dtype!r}"
+            )
+        for name, given in (("process_group", process_group), ("reduce_dtype", reduce_dtype)):
+            if given is not None and not average_gradients:
+                raise ValueError(
+                    f"{name}={given} is how gradients are averaged over processes, and "
+                    "average_gradients is False: leave one of them out"
+                )
+        dist = torch.distributed
+        ready = dist.is_available() and dist.is_initialized()
+        if process_group is not None and not (
+            ready and isinstance(process_group, dist.ProcessGroup)
+        ):
+            raise ValueError(
+                "process_group must be a torch.distributed.ProcessGroup that rank "
+                f"{dist.get_rank() if ready else 0} belongs to, got {process_group!r}: pass the "
+                "result of dist.new_group() on the ranks that are in it, or of mesh.get_group()"
+            )
         self.process_group = process_group
         self.average_gradients = average_gradients
         self.reduce_dtype = reduce_dtype
@@ -55,77 +74,37 @@ class ProcessSelection:
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._single
-        averaging = self._averaging()
-        if any(hasattr(param, "_fsdp_flattened") for param in params):
-            raise ValueError(
-                "the parameters belong to FullyShardedDataParallel (FSDP1), which reduces no "
-                "gradient of a single loss: shard the model with "
-                "torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
-        if any(hasattr(param, "ds_status") for param in params):
-            raise ValueError(
-                "the parameters are partitioned by DeepSpeed's ZeRO 3, which leaves them empty "
-                "between its own passes: use ZeRO 1 or 2 as the recipe for DeepSpeed has it, or "
-                "shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
+        for attribute, problem in UNSUPPORTED.items():
+            if any(hasattr(param, attribute) for param in params):
+                raise ValueError(
+                    f"{problem} the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+                )
         # Only where several processes are: the import takes half a second.
-        from mmpareto_optim.distributed.dtensors import is_dtensor
+        from torch.distributed.tensor import DTensor
+
         from mmpareto_optim.distributed.sharded import Sharded
 
-        if not any(map(is_dtensor, params)):
-            return averaging if averaging is not None else self._single
+        averaging = self._averaging()
+        if not any(isinstance(param, DTensor) for param in params):
+            return averaging
         if self._sharded is None or not self._sharded.is_of(params, averaging):
             self._sharded = Sharded(params, averaging)
         return self._sharded
 
-    def _averaging(self) -> "DataParallel | None":
+    def _averaging(self) -> Processes:
         from mmpareto_optim.distributed.data_parallel import DataParallel
 
         if not self.average_gradients:
-            return None
+            return self._single
         group: Any = self.process_group or torch.distributed.group.WORLD
         if self._data_parallel is None or self._data_parallel.group is not group:
             self._data_parallel = DataParallel(group, self.reduce_dtype)
-        return self._data_parallel if self._data_parallel.size > 1 else None
+        return self._data_parallel if len(self._data_parallel.ranks) > 1 else self._single
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.process_group is not None:
             raise TypeError(
                 "a process group cannot be copied or pickled, nor can what holds one: save the "
                 "optimizer's state_dict(), and build it anew"
             )
-        return {"average_gradients": self.average_gradients, "reduce_dtype": self.reduce_dtype}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(None, **state)  # type: ignore[misc]
-
-
-def _check_reduce_dtype(reduce_dtype: torch.dtype | None, average_gradients: bool) -> None:
-    if reduce_dtype is None:
-        return
-    if reduce_dtype not in REDUCE_DTYPES:
-        raise ValueError(
-            f"reduce_dtype must be one of {', '.join(map(str, REDUCE_DTYPES))}, or None for "
-            f"that of each gradient, got {reduce_dtype!r}"
-        )
-    if not average_gradients:
-        raise ValueError(
-            f"reduce_dtype={reduce_dtype} is how gradients are averaged over processes, and "
-            "average_gradients is False: leave one of them out"
-        )
-
-
-def _check_group(group: Any, average_gradients: bool) -> None:
-    if not average_gradients:
-        raise ValueError(
-            "process_group names the processes to average over, and average_gradients is "
-            "False: leave one of them out"
-        )
-    dist = torch.distributed
-    ready = dist.is_available() and dist.is_initialized()
-    if not ready or not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"process_group must be a torch.distributed.ProcessGroup that rank "
-            f"{dist.get_rank() if ready else 0} belongs to, got {group!r}: pass the "
-            "result of dist.new_group() on the ranks that are in it, or of mesh.get_group()"
-        )
+        return ProcessSelection, (None, self.average_gradients, self.reduce_dtype)

@@ -15,14 +15,16 @@ class Processes(Protocol):
     """One process, several that average, or shards. What is here is right for one process.
 
     Attributes:
+        ranks: those that gradients are averaged over.
         rounding: unit roundoff of the dtype that averages are made in, 0 if it is the gradients'.
         shares: for each parameter what part of an inner product counts here; None for all of it.
         writes_rows: whether rows are averaged, in place.
     """
 
+    ranks: frozenset[int] = frozenset()
     rounding: float = 0.0
-    writes_rows: bool = False
     shares: tuple[float, ...] | None = None
+    writes_rows: bool = False
 
     def failing_together(self) -> AbstractContextManager[None]:
         """An error in here becomes one on all processes, and ends the averages underway."""
@@ -58,8 +60,8 @@ class Processes(Protocol):
         """For each parameter whether a loss gives it a gradient on any of the processes."""
         return given
 
-    def average(self, row: Row) -> None:
-        """Begin to average a row in place."""
+    def average(self, row: Row, positions: tuple[int, ...] | None = None) -> None:
+        """Begin to average a row in place, or the gradients of some parameters in it."""
         return
 
     def wait(self) -> None:
