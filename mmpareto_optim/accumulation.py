@@ -88,6 +88,7 @@ class GradAccumulator:
                 position: _Written(total, total._version, fingerprint(processes.local(total)))
                 for position, total in totals.items()
             }
+        processes.agree_to_write()
         try:
             for position, total in totals.items():
                 self.params[position].grad = total

@@ -184,8 +184,9 @@ def averaged_row(
     kept: Container[int] = (),
 ) -> Row:
     """A gradient as a row, whose average over the processes begins."""
-    given = processes.given_by_all(name, tuple(piece is not None for piece in gradient))
-    row = flatten(forms, gradient, given, kept)
+    # What can fail on one process comes before all agree on what they average.
+    row = flatten(forms, gradient, kept)
+    row = row.extended(processes.given_by_all(name, row.layout.given))
     processes.average(row)
     return row
 

@@ -62,8 +62,9 @@ def rows_through(
             )
             at, gradient = found[: len(outputs)], paths.at_heads(found[len(outputs) :])
             del found
-            given = processes.given_by_all(name, tuple(piece is not None for piece in at))
-            rows_at[name] = flatten(forms_at, at, given, ())
+            row = flatten(forms_at, at)
+            given = processes.given_by_all(name, row.layout.given, averages=False)
+            rows_at[name] = row.extended(given)
             rows[name] = averaged_row(processes, name, forms, gradient, memory.kept(name, gradient))
             del at, gradient
     at_features = _integrated(features, {n: rows_at[n] for n in names}, reach, integration, seen)

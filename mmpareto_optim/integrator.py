@@ -145,32 +145,33 @@ class GradientIntegrator:
         """:meth:`backward`; without ``keep`` nothing is added to later, as a step follows."""
         params = self._trainable()
         processes = self._selection.of(params)
-        with processes.failing_together(), grads_set_aside(params) as before:
+        with processes.failing_together():
             modalities = self._checked(losses, features, by_hand, processes)
             constants = self._constants(params, modalities, features)
             backward = Backward(
                 losses, params, processes, constants, retain_graph, keep, self._describe
             )
             seen, stats = Seen(params), dict[str, BlockStats]()
-            if features is None:
-                rows, plain = self._differentiation.rows(backward), None
-            else:
-                at = Integration(self._options, processes, self._copies, at_features=True)
-                rows, plain, stats = rows_through(
-                    self._differentiation, backward, features, self._reach_at_features, at, seen
-                )
-        with torch.no_grad():
-            accumulated = GradAccumulator(params, rows, plain, before)
-            if self._accumulated is not None:
-                accumulated.extend(self._accumulated, processes)
-            rows, plain = accumulated.rows, accumulated.plain
-            integration = Integration(self._options, processes, self._copies)
-            reached = self._reach.of(rows, params, integration.largest)
-            seen.blocks = blocks_of(reached, params, modalities, rows)
-            everything = [*rows.values()] if plain is None else [*rows.values(), plain]
-            found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)
-            gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
-            accumulated.write(gradients, processes, keep=keep)
+            with grads_set_aside(params) as before:
+                if features is None:
+                    rows, plain = self._differentiation.rows(backward), None
+                else:
+                    at = Integration(self._options, processes, self._copies, at_features=True)
+                    rows, plain, stats = rows_through(
+                        self._differentiation, backward, features, self._reach_at_features, at, seen
+                    )
+            with torch.no_grad():
+                accumulated = GradAccumulator(params, rows, plain, before)
+                if self._accumulated is not None:
+                    accumulated.extend(self._accumulated, processes)
+                rows, plain = accumulated.rows, accumulated.plain
+                integration = Integration(self._options, processes, self._copies)
+                reached = self._reach.of(rows, params, integration.largest)
+                seen.blocks = blocks_of(reached, params, modalities, rows)
+                everything = [*rows.values()] if plain is None else [*rows.values(), plain]
+                found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)
+                gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
+                accumulated.write(gradients, processes, keep=keep)
         self._accumulated = accumulated if keep else None
         self.stats, self._seen = stats | found.stats, seen
         self.has_integrated = True

@@ -151,6 +151,14 @@ class Row:
         if len(self.layout.segments[place.segment]) == 1:
             self.segments[place.segment] = self.segments[place.segment].new_empty(0)
 
+    def extended(self, given: Given) -> "Row":
+        """The row with zeros where others have gradients; itself if there are none."""
+        if given == self.layout.given:
+            return self
+        everywhere = {position: position for position in range(len(given))}
+        pieces = self.pieces(everywhere, len(given))
+        return layout_of(self.layout.forms, given).row_of(pieces)
+
     def pieces(self, positions: Mapping[int, int], size: int) -> Gradient:
         """Flat gradients, views: by old position the new one, in a list of some size."""
         found: Gradient = [None] * size
@@ -160,17 +168,10 @@ class Row:
         return found
 
 
-def flatten(forms: tuple[Form, ...], gradient: Gradient, given: Given, kept: Container[int]) -> Row:
-    """A gradient as a row.
-
-    Args:
-        forms: what the parameters are.
-        gradient: for each parameter a tensor or None.
-        given: which of them have a place in the row.
-        kept: positions of long gradients that need not be copied.
-    """
+def flatten(forms: tuple[Form, ...], gradient: Gradient, kept: Container[int] = ()) -> Row:
+    """A gradient as a row; long ones need not be copied at the positions that are kept."""
     pieces = [None if g is None else form.flat(g) for form, g in zip(forms, gradient, strict=True)]
-    return layout_of(forms, given).row_of(pieces, kept)
+    return layout_of(forms, tuple([piece is not None for piece in pieces])).row_of(pieces, kept)
 
 
 def forms_of(likes: Iterable[Tensor]) -> tuple[Form, ...]:
@@ -180,11 +181,8 @@ def forms_of(likes: Iterable[Tensor]) -> tuple[Form, ...]:
 
 def sum_of_rows(new: Row, old: Gradient) -> Row:
     """A row and flat gradients together, in the row's own memory if it has places for them all."""
-    forms, given = new.layout.forms, tuple(piece is not None for piece in old)
-    if any(piece and not there for piece, there in zip(given, new.layout.given, strict=True)):
-        both = tuple(map(or_, given, new.layout.given))
-        everywhere = {position: position for position in range(len(forms))}
-        new = layout_of(forms, both).row_of(new.pieces(everywhere, len(forms)))
+    given = tuple(piece is not None for piece in old)
+    new = new.extended(tuple(map(or_, given, new.layout.given)))
     for position, piece in enumerate(old):
         if piece is not None:
             new.part(new.layout.places[position]).add_(piece)

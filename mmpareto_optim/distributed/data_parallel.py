@@ -80,10 +80,10 @@ class DataParallel(Processes):
         plans = self._compare(Plan(constants, tuple(names)))
         return list(dict.fromkeys(name for plan in plans for name in plan.losses))
 
-    def given_by_all(self, name: str, given: Given) -> Given:
+    def given_by_all(self, name: str, given: Given, *, averages: bool = True) -> Given:
         """A loss or a parameter that a rank does not reach counts as zero there."""
         plans = self._compare(Plan((("loss", name),), given=given))
-        self._others_compare_next = False  # but average
+        self._others_compare_next = not averages
         return tuple(map(any, zip(*(plan.given for plan in plans), strict=True)))
 
     def average(self, row: Row, positions: tuple[int, ...] | None = None) -> None:
@@ -97,7 +97,6 @@ class DataParallel(Processes):
         self._others_compare_next = True
 
     def wait(self) -> None:
-        self._others_compare_next = False  # in this backward, of which all else is done
         while self._underway:
             work, part, sent = self._underway.pop(0)
             work.wait()
@@ -124,6 +123,9 @@ class DataParallel(Processes):
         if not at_features:
             return list(grams)
         return [gram / len(self.ranks) ** 2 for gram in sums_over([self.group], grams)]
+
+    def agree_to_write(self) -> None:
+        self._compare(Plan((("collective", "result"),)))
 
     def same(self, value: Tensor) -> Tensor:
         """The first rank's value, where a user's function has not failed on any of them."""

@@ -102,7 +102,7 @@ class Sharded(Processes):
             found.append(None if gradient is None else self.local(gradient))
         return found
 
-    def given_by_all(self, name: str, given: Given) -> Given:
+    def given_by_all(self, name: str, given: Given, *, averages: bool = True) -> Given:
         pairs = zip(given, self._params, strict=True)
         self._any_reached |= any(there and isinstance(param, DTensor) for there, param in pairs)
         return self._averaging.given_by_all(name, given)
@@ -149,6 +149,9 @@ class Sharded(Processes):
         for group in self._mesh.get_all_groups():
             dist.all_reduce(held, op=dist.ReduceOp.MIN, group=group)
         return held.bool().tolist()
+
+    def agree_to_write(self) -> None:
+        self._averaging.agree_to_write()
 
     def same(self, value: Tensor) -> Tensor:
         return self._averaging.same(value)

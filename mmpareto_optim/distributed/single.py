@@ -56,8 +56,8 @@ class Processes(Protocol):
         """The gradient of some outputs at the parts of the parameters that are held here."""
         return by_autograd(outputs, params, others, retain_graph=retain_graph)
 
-    def given_by_all(self, name: str, given: Given) -> Given:
-        """For each parameter whether a loss gives it a gradient on any of the processes."""
+    def given_by_all(self, name: str, given: Given, *, averages: bool = True) -> Given:
+        """For each parameter whether a loss gives it a gradient on any process, before averages."""
         return given
 
     def average(self, row: Row, positions: tuple[int, ...] | None = None) -> None:
@@ -87,6 +87,10 @@ class Processes(Protocol):
     def all_of(self, flags: Sequence[bool]) -> list[bool]:
         """Whether something holds on all processes that share a parameter."""
         return list(flags)
+
+    def agree_to_write(self) -> None:
+        """All have what they are about to write; an error of one is one of all."""
+        return
 
     def same(self, value: Tensor) -> Tensor:
         """What one process found, for all: a function of the user's may be random."""
