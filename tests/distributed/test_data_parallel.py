@@ -683,7 +683,7 @@ def test_a_random_rule_draws_the_same_on_all_ranks(two: Processes) -> None:
 
 def check_an_error_after_the_passes(stage: str, by_features: bool) -> None:
     """On one rank, once all losses are differentiated: no rank steps, and the next step is right."""
-    from mmpareto_optim import integration
+    from mmpareto_optim import rows
 
     model, parts = Model(), [share(batch) for batch in batches(2)]
     failing = [dist.get_rank() == 1]
@@ -699,12 +699,12 @@ def check_an_error_after_the_passes(stage: str, by_features: bool) -> None:
         return plain(*args)
 
     opt = sgd(model, integration=rule)
-    plain = integration.combine
+    plain = rows.combine
     before = [param.detach().clone() for param in model.parameters()]
     features = model.features(parts[0])
     losses = model.losses_at(features, parts[0][-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integration, "combine", combine)
+        patch.setattr("mmpareto_optim.integration.combine", combine)
         with pytest.raises((RuntimeError, ZeroDivisionError), match=r"of the rule|no memory left"):
             opt.step(losses=losses, features=features if by_features else None)
     assert all(param.grad is None for param in model.parameters())
