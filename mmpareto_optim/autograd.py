@@ -97,9 +97,8 @@ class Differentiation:
 
         Looked for in the first backward, and in each one where there are such functions.
         """
-        if backward.processes.shares is not None:  # backward() passes through all
-            return ()
-        if not (self.is_first or self._functions_call_backward):
+        passes_through_all = backward.processes.shares is not None
+        if passes_through_all or not (self.is_first or self._functions_call_backward):
             return ()
         leaves = leaves_beside(backward.params, backward.losses)
         if self.is_first:

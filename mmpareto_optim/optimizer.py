@@ -30,9 +30,8 @@ class MMParetoOptimizer(Optimizer):
     """Wraps an optimizer so that it steps along a gradient common to several losses.
 
     Parameters that several losses reach form *blocks*, one for each set of losses. Each
-    block's gradients are integrated by MMPareto (Wei & Hu, ICML 2024, arXiv 2405.17730);
-    all others are the plain gradient of the sum of the losses. The base optimizer then
-    takes its own step::
+    block's gradients are integrated by MMPareto (Wei & Hu, ICML 2024, arXiv 2405.17730); all
+    others are the plain gradient of the sum of the losses. The base then takes its own step::
 
         opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9))
         opt.zero_grad()
@@ -47,8 +46,7 @@ class MMParetoOptimizer(Optimizer):
             graph, such as Muon for the matrices and AdamW for the rest.
         param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
             modality's name to a module or several, parameters or ``(name, parameter)`` pairs.
-            Each is one block, integrated over the losses that reach it; the gradients of what
-            they leave out are added.
+            Each is integrated over the losses that reach it; what they leave out is added.
         integration: the rule: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
             ``"uniform"``, the sum; ``"config"``, equal cosines (ConFIG); ``"upgrad"``, each
             gradient projected on the dual cone; ``"dualproj"``, the sum projected on it, which is
@@ -56,32 +54,24 @@ class MMParetoOptimizer(Optimizer):
             float64, to the coefficients ``(m,)`` of the gradients. One that has a ``reset()``
             keeps a state, and each block gets a copy of its own.
         gamma: factor on the integrated gradients of any named rule, positive; None for 1.5 with
-            ``"mmpareto"``, as in the authors' code, and 1 with the others. Where only one
-            gradient is not zero, it is taken as it is.
+            ``"mmpareto"``, as in the authors' code, and 1 with the others. A gradient that is
+            alone is taken as it is.
         rescale: how ``"mmpareto"`` restores the length of a conflicting block's gradient:
-            ``"encoder"``, the block as a whole, as in the paper, which keeps it a descent
-            direction common to all losses; or ``"tensor"``, each parameter tensor by its
-            own ratio, as in the authors' code, which does not.
+            ``"encoder"``, the block as a whole, as in the paper; or ``"tensor"``, each parameter
+            tensor by its own ratio, as in the authors' code, which need not lower all losses.
         process_group: the processes that train one model, each on its share of the batch; None
             for all of ``torch.distributed``, once it is initialised. Each loss's gradient is
-            averaged over them before it is integrated, as one process would with the whole
-            batch, with ``DistributedDataParallel`` or without. Every rank must make the same
-            calls; a loss or a parameter that some of them do not reach counts as zero there.
-            DTensors (FSDP2, tensor parallelism) are integrated as a whole, and not averaged over
-            the processes of their own device mesh.
+            averaged over them before it is integrated, with ``DistributedDataParallel`` or
+            without. Every rank must make the same calls; a loss or a parameter that some do not
+            reach counts as zero there. DTensors (FSDP2, tensor parallelism) are integrated as a
+            whole, and not averaged over the processes of their own device mesh.
         average_gradients: False where each process trains a model of its own.
-        reduce_dtype: in what dtype real gradients are averaged over processes: their own if None,
-            or ``torch.bfloat16``, ``float16``, ``float32`` or ``float64``. The first halves what
-            goes over the network, and rounds each gradient to 8 bits before and after the sum; the
-            third adds up gradients in half precision without that.
+        reduce_dtype: in what dtype real gradients are averaged: their own if None, or
+            ``torch.bfloat16``, which halves what goes over the network and rounds each gradient to
+            8 bits before and after the sum, ``float16``, ``float32`` or ``float64``.
 
     Attributes:
         optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
-        stats: for each block of two or more objectives a :class:`BlockStats` of the last
-            integration, by the block's name: the modality, or the names of the losses that
-            reach it joined by ``+``.
-        blocks: the blocks of the last backward, heads included; printing them is a table, and
-            what to look at first when results surprise.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already; what
@@ -105,7 +95,7 @@ class MMParetoOptimizer(Optimizer):
     ) -> None:
         # Optimizer.__init__ would make param_groups and state of our own: they are the base's.
         self.optimizer: Optimizer = as_one(optimizer, not_a=MMParetoOptimizer)
-        self._idle_steps: int | None = 0
+        self._steps = 0
         self._integrator = GradientIntegrator(
             self.optimizer.param_groups,
             param_groups_by_modality,
@@ -141,13 +131,11 @@ class MMParetoOptimizer(Optimizer):
             param_groups_by_modality: overrides that of the constructor.
 
         Returns:
-            What the base's step returns; with a closure the sum of its losses, otherwise
-            None.
+            What the base's step returns; with a closure the sum of its losses.
 
         Raises:
             TypeError: arguments that do not go together, or no closure for a base that needs one.
-            RuntimeError: a base that differentiates the gradients once more, as AdaHessian; and
-                whatever :meth:`backward` raises.
+            RuntimeError: a base that differentiates gradients once more; as :meth:`backward`.
         """
         step = self._stepped
         if torch.compiler.is_compiling():  # the graph is broken around the integration
@@ -173,7 +161,7 @@ class MMParetoOptimizer(Optimizer):
                 raise_if_second_order(self.optimizer, error)
             raise
         self._integrator.end_window()
-        self._count_idle_steps()
+        self._count_steps()
         return result
 
     def backward(
@@ -200,10 +188,9 @@ class MMParetoOptimizer(Optimizer):
 
         With ``features`` the losses are differentiated down to the encoders' outputs only and
         integrated there (Sener & Koltun 2018, Section 3.3); one backward pass takes the result
-        through the encoders, as in plain training. The direction is then common to all losses
-        as seen from the features, which is no guarantee in the space of the encoders'
-        parameters. ``stats`` has an entry for each feature. Each call integrates its own batch,
-        and micro-batches add up what each of them gave.
+        through the encoders. The direction is then common to all losses as seen from the features,
+        which is no guarantee in the space of the parameters. ``stats`` has an entry for each
+        feature. Each call integrates its own batch, and micro-batches add up what each gave.
 
         Args:
             losses: scalars by name, each with a graph; the joint loss first.
@@ -215,10 +202,8 @@ class MMParetoOptimizer(Optimizer):
 
         Raises:
             TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
-            ValueError: no loss; one that is not a scalar or has no graph; an ``integration``
-                function that returns another shape; features that have no graph, that no loss
-                reaches or that a loss goes around, or with ``rescale="tensor"``; sharded
-                parameters with either, of FSDP1 or ZeRO 3, or on device meshes that do not fit.
+            ValueError: no loss; one that is not a scalar or has no graph; what features, sharded
+                parameters or the coefficients of your function may not be.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
                 a reentrant checkpoint; an error on another rank, or arguments unlike its.
 
@@ -228,29 +213,14 @@ class MMParetoOptimizer(Optimizer):
         if not isinstance(owner, MMParetoOptimizer):
             owner = self._current()
         # Otherwise Lightning's: it inherits these methods and holds the optimizer itself.
-        owner.backward(
-            losses,
-            features=features,
-            param_groups_by_modality=param_groups_by_modality,
-            retain_graph=retain_graph,
-        )
+        by_hand = param_groups_by_modality
+        options = {"features": features, "param_groups_by_modality": by_hand}
+        owner.backward(losses, **options, retain_graph=retain_graph)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
         self._integrator.end_window()
         self.optimizer.zero_grad(set_to_none)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; its parameters join the blocks of the losses that reach them."""
-        self.optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's state: a checkpoint of the plain optimizer and of this one are the same."""
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the base's state."""
-        self.optimizer.load_state_dict(state_dict)
 
     integration = forwarded_property("_integrator", "integration")
     gamma = forwarded_property("_integrator", "gamma")
@@ -258,14 +228,21 @@ class MMParetoOptimizer(Optimizer):
 
     @property
     def stats(self) -> dict[str, BlockStats]:
-        """As of the class."""
+        """For each block of two losses or more what the last integration saw, by its name.
+
+        That is the modality, or the names of the losses that reach it joined by ``+``.
+        """
         return self._integrator.stats
 
     @property
     def blocks(self) -> Blocks:
-        """As of the class: what to print first when results surprise."""
+        """The blocks of the last backward, heads included: print them when results surprise."""
         return self._integrator.blocks
 
+    # A checkpoint of the plain optimizer and of this one are the same.
+    state_dict = forwarded_property("optimizer", "state_dict")
+    load_state_dict = forwarded_property("optimizer", "load_state_dict")
+    add_param_group = forwarded_property("optimizer", "add_param_group")
     param_groups = forwarded_property("optimizer", "param_groups")
     state = forwarded_property("optimizer", "state")
     defaults = forwarded_property("optimizer", "defaults")
@@ -290,7 +267,7 @@ class MMParetoOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "_integrator", "_idle_steps", "_needs_closure")
+        names = ("optimizer", "_integrator", "_steps", "_needs_closure")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -301,15 +278,11 @@ class MMParetoOptimizer(Optimizer):
         self._integrator.param_groups = self.optimizer.param_groups
         return self._integrator
 
-    def _count_idle_steps(self) -> None:
-        """Steps in which there was nothing to integrate, until there has been."""
-        if self._idle_steps is None:
-            return
-        losses = self._integrator.most_losses
-        self._idle_steps = self._idle_steps + 1 if losses < 2 else None
-        if self._idle_steps == 10:
-            self._idle_steps = None
-            warn_of_nothing_to_integrate(losses)
+    def _count_steps(self) -> None:
+        """Warn once of ten steps in which there was nothing to integrate."""
+        self._steps += 1
+        if self._steps == 10 and self._integrator.most_losses < 2:
+            warn_of_nothing_to_integrate(self._integrator.most_losses)
 
     def _integrating(
         self, closure: Callable[[], Any], by_hand: Mapping[str, Any] | None
