@@ -682,7 +682,7 @@ def test_a_random_rule_draws_the_same_on_all_ranks(two: Processes) -> None:
 
 
 def check_an_error_after_the_passes(stage: str, by_features: bool) -> None:
-    """On one rank, once all losses are differentiated: no rank steps, and the next step is right."""
+    """On one rank, after all passes: no rank steps, and the next step is right."""
     from mmpareto_optim import rows
 
     model, parts = Model(), [share(batch) for batch in batches(2)]
