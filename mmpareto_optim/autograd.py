@@ -2,8 +2,7 @@
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ Rows = dict[str, Row]
 """By the name of the loss."""
 
 
-@dataclass(frozen=True)
-class Backward:
+class Backward(NamedTuple):
     """One backward, of which all that was given is checked.
 
     Attributes:

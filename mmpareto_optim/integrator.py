@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from mmpareto_optim.param_groups import (
 )
 from mmpareto_optim.rules.named import Rule
 from mmpareto_optim.stats import BlockStats
-from mmpareto_optim.types import Constants, Features, Losses
+from mmpareto_optim.types import Features, Losses
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
@@ -147,7 +148,7 @@ class GradientIntegrator:
         processes = self._selection.of(params)
         with processes.failing_together():
             modalities = self._checked(losses, features, by_hand, processes)
-            constants = self._constants(params, modalities, features)
+            constants = partial(self._constants, params, modalities, features)
             backward = Backward(
                 losses, params, processes, constants, retain_graph, keep, self._describe
             )
@@ -199,7 +200,7 @@ class GradientIntegrator:
 
     def _constants(
         self, params: Sequence[Tensor], modalities: Modalities | None, features: Features | None
-    ) -> Constants:
+    ) -> tuple[tuple[str, object], ...]:
         """What ranks that train one model have in common, by the names of error messages."""
         rule = (self._options.rule_name, self._options.factor, self._options.rescale)
         by_hand = tuple(

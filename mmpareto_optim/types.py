@@ -16,5 +16,5 @@ Features = Mapping[str, Tensor]
 Describe = Callable[[Tensor], str]
 """A parameter's name for error messages."""
 
-Constants = tuple[tuple[str, object], ...]
-"""By name, what must be alike on all ranks."""
+Constants = Callable[[], tuple[tuple[str, object], ...]]
+"""Gives, by name, what must be alike on all ranks."""

@@ -77,7 +77,7 @@ class DataParallel(Processes):
 
     def losses_of_all(self, names: Iterable[str], constants: Constants) -> list[str]:
         """Those of the first rank, then what others have besides."""
-        plans = self._compare(Plan(constants, tuple(names)))
+        plans = self._compare(Plan(constants(), tuple(names)))
         return list(dict.fromkeys(name for plan in plans for name in plan.losses))
 
     def given_by_all(self, name: str, given: Given, *, averages: bool = True) -> Given:

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from mmpareto_optim.rows import Given
-from mmpareto_optim.types import Constants
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
@@ -21,7 +20,7 @@ class DisagreementError(RuntimeError):
 class Plan(NamedTuple):
     """What a rank is about to do."""
 
-    constants: Constants = ()  # what must be alike on all ranks
+    constants: tuple[tuple[str, object], ...] = ()  # by name, what must be alike on all ranks
     losses: tuple[str, ...] = ()  # their names, in the order in which they are differentiated
     given: Given = ()  # for each parameter whether the next loss gives it a gradient
     problem: str | None = None  # why this rank does nothing

@@ -78,7 +78,7 @@ class Sharded(Processes):
         """Those that all have: a backward of shards is collective by itself."""
         names = tuple(names)
         self._any_reached = False
-        return self._averaging.losses_of_all(names, (*constants, ("losses", names)))
+        return self._averaging.losses_of_all(names, lambda: (*constants(), ("losses", names)))
 
     def differentiate(
         self,
