@@ -43,11 +43,22 @@ class GradAccumulator:
         self.foreign = foreign
         self._written: dict[int, _Written] = {}
 
+    def goes_on(self) -> bool:
+        """Whether what comes next is added to it, as far as version counters tell."""
+        return any(map(self._seems_untouched, self._written))
+
     def extend(self, earlier: "GradAccumulator", processes: Processes) -> None:
         """Add what has accumulated before, as far as its ``.grad`` is untouched."""
         places = {param: position for position, param in enumerate(self.params)}
-        olds = [old for old, param in enumerate(earlier.params) if param in places]
-        olds = [old for old in olds if earlier._seems_untouched(old)]
+        before, now = (next(iter(each.rows.values())).layout.forms for each in (earlier, self))
+        olds = [
+            old
+            for old, param in enumerate(earlier.params)
+            # In another memory format its numbers are in another order.
+            if param in places
+            and before[old] is now[places[param]]
+            and earlier._seems_untouched(old)
+        ]
         if not olds:
             return
         untouched = processes.all_of(earlier._untouched(olds, processes))
@@ -130,8 +141,8 @@ MULTIPLIER = 6364136223846793005
 def fingerprint(tensor: Tensor) -> Tensor:
     """A number that tells a tensor's bits and their order, a scalar of int64."""
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = real.view(integers[real.element_size()]).reshape(-1)
+    bits = real.reshape(-1)
+    bits = bits.view({1: torch.int8, 2: torch.int16}.get(bits.element_size(), torch.int32))
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for piece in bits.split(CHUNK):
         total = total * MULTIPLIER + (piece * _weights(bits.device)[: len(piece)]).sum()
@@ -140,4 +151,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    return torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device)
+    """Odd numbers that have nothing in common (as of a splitmix64 generator)."""
+    mixed = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 32)) * MULTIPLIER
+    return (mixed ^ (mixed >> 29)) | 1

@@ -2,14 +2,14 @@
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmpareto_optim.graph import leaves_beside
 from mmpareto_optim.messages import raise_explained, warn_of_unheld
-from mmpareto_optim.rows import LONG, Form, Row, flatten, forms_of
+from mmpareto_optim.rows import LONG, Form, Row, flatten, forms_of, is_capturing
 from mmpareto_optim.types import Constants, Describe, Gradient, Losses
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Differentiation:
     def __init__(self) -> None:
         self.is_first = True
         self._functions_call_backward = False
-        self._reused: set[int] = set()
+        self._walked: set[str] = set()
+        self._may_stay: dict[int, bool] = {}
 
     def rows(self, backward: Backward) -> Rows:
         """Each loss's gradient at the parameters, averaged over the processes.
@@ -57,17 +58,19 @@ class Differentiation:
         rows = {}
         for name in reversed(names):
             gradient = self.gradient_of(backward, name, backward.params, others, names[0])
-            kept = memory.kept(name, gradient)
+            kept = memory.kept(name, gradient, is_last=name == names[0])
             rows[name] = averaged_row(backward.processes, name, forms, gradient, kept)
+            memory.learn(gradient, rows[name])
             del gradient  # autograd's own tensors, before the next pass makes more of them
         memory.check()
         backward.processes.wait()
         self.is_first = False
+        self._walked = set(backward.losses) | (self._walked if len(self._walked) < 1000 else set())
         return {name: rows[name] for name in names}
 
     def memory(self, backward: Backward, forms: Sequence[Form]) -> "ForeignMemory":
         """Which of autograd's tensors may stay where they are in this backward."""
-        return ForeignMemory(backward, forms, self._reused, learns=self.is_first)
+        return ForeignMemory(backward, forms, self._may_stay)
 
     def gradient_of(
         self,
@@ -93,10 +96,11 @@ class Differentiation:
     def _leaves_to_pass_through(self, backward: Backward) -> Sequence[Tensor]:
         """Leaves beside the parameters, on the way to which a function may call ``backward``.
 
-        Looked for in the first backward, and in each one where there are such functions.
+        Looked for once a loss, and in each backward where there are such functions.
         """
         passes_through_all = backward.processes.shares is not None
-        if passes_through_all or not (self.is_first or self._functions_call_backward):
+        is_known = backward.losses.keys() <= self._walked and not self._functions_call_backward
+        if passes_through_all or is_known:
             return ()
         leaves = leaves_beside(backward.params, backward.losses)
         if self.is_first:
@@ -113,43 +117,41 @@ class ForeignMemory:
     """Long gradients that stay in autograd's memory until the step ends, where that is safe.
 
     It is not where a backward returns the same buffer each time, as that of
-    ``make_graphed_callables`` does. A fresh tensor cannot have the address of one that is alive.
-    In the first backward, which learns, all is copied and such buffers are found: ``reused`` are
-    the ids of the parameters whose gradients are in one.
+    ``make_graphed_callables`` does: a fresh tensor cannot have the address of one that is alive.
+    So a parameter's gradient is copied until one has been seen to outlast a later pass.
+
+    Args:
+        backward: what is differentiated.
+        forms: what its parameters are.
+        may_stay: by id of a parameter what has been learned of it; added to.
     """
 
     def __init__(
-        self, backward: Backward, forms: Sequence[Form], reused: set[int], *, learns: bool
+        self, backward: Backward, forms: Sequence[Form], may_stay: dict[int, bool]
     ) -> None:
         self._params = backward.params
+        self._forms = forms
         self._describe = backward.describe
-        self._reused = reused
-        self._learns = learns
-        copies = backward.accumulates or backward.processes.writes_rows
-        is_wanted = learns or not copies
-        self._long = [i for i, form in enumerate(forms) if is_wanted and form.size >= LONG]
-        self._last: dict[int, Tensor] = {}
+        self._may_stay = may_stay
+        copies = backward.accumulates or backward.processes.writes_rows or is_capturing()
+        self._long = [i for i, form in enumerate(forms) if not copies and form.size >= LONG]
+        self._learning: dict[int, tuple[Tensor, Tensor]] = {}
         self._alive: dict[int, tuple[str, int, Tensor, int]] = {}
 
-    def kept(self, name: str, gradient: Gradient) -> Container[int]:
-        """Positions of a loss's gradients that need not be copied.
+    def kept(self, name: str, gradient: Gradient, *, is_last: bool) -> Container[int]:
+        """Positions of a loss's gradients that need not be copied; all that none comes after.
 
         Raises:
             RuntimeError: one is in the memory of another loss's; names both.
         """
-        found = {i: piece for i in self._long if type(piece := gradient[i]) is Tensor}
-        if self._learns:
-            for position, piece in found.items():
-                last = self._last.get(position)
-                if last is not None and last.data_ptr() == piece.data_ptr():
-                    self._reused.add(id(self._params[position]))
-            self._last |= found
-            return ()
-        found = {i: piece for i, piece in found.items() if id(self._params[i]) not in self._reused}
-        for position, piece in found.items():
-            other = self._alive.get(piece.data_ptr())
-            if other is not None and other[0] != name:
-                self._raise(other[0], position)
+        found = {
+            i: piece
+            for i in self._long
+            if type(piece := gradient[i]) is Tensor
+            and (is_last or self._may_stay.get(id(self._params[i])))
+        }
+        known = {piece.data_ptr(): self._alive.get(piece.data_ptr()) for piece in found.values()}
+        self._refuse([other for other in known.values() if other is not None])
         self._alive |= {
             piece.data_ptr(): (name, position, piece, piece._version)
             for position, piece in found.items()
@@ -157,20 +159,35 @@ class ForeignMemory:
         }
         return found
 
+    def learn(self, gradient: Gradient, row: Row) -> None:
+        """Whether gradients of earlier passes, which were copied, have outlasted this one."""
+        for position, (piece, copy) in self._learning.items():
+            flat, param = self._forms[position].flat(piece), id(self._params[position])
+            newer = gradient[position]
+            is_reused = newer is not None and newer.data_ptr() == piece.data_ptr()
+            is_intact = not is_reused and bool(((flat == copy) | (flat != flat)).all())
+            self._may_stay[param] = self._may_stay.get(param, True) and is_intact
+        for position in self._long:
+            found, is_known = gradient[position], id(self._params[position]) in self._may_stay
+            is_to_learn = position in self._learning or not is_known
+            if found is not None and not found.is_meta and is_to_learn:
+                self._learning[position] = found, row.part(row.layout.places[position])
+
     def check(self) -> None:
         """Raise RuntimeError if a gradient was written to by a later pass; names it."""
-        for name, position, piece, version in self._alive.values():
-            if piece._version != version:
-                self._raise(name, position)
+        self._refuse([each for each in self._alive.values() if each[2]._version != each[3]])
 
-    def _raise(self, name: str, position: int) -> NoReturn:
-        param = self._params[position]
-        self._reused.add(id(param))
-        raise RuntimeError(
-            f"the gradient of loss {name!r} for {self._describe(param)} was overwritten by a later "
-            "backward pass: some backward returns the same buffer each time. Nothing has changed; "
-            "repeat the step. From now on that gradient is copied after each pass"
-        )
+    def _refuse(self, shared: Sequence[tuple[str, int, Tensor, int]]) -> None:
+        for _, position, _, _ in shared:
+            self._may_stay[id(self._params[position])] = False
+        for name, position, _, _ in shared:
+            parameter = self._describe(self._params[position])
+            raise RuntimeError(
+                f"the gradient of loss {name!r} for {parameter} is in memory that a later backward "
+                "pass uses too: some backward began to return the same buffer each time. Nothing "
+                "has changed; make a forward pass and step again. From now on that gradient is "
+                "copied after each pass"
+            )
 
 
 def averaged_row(

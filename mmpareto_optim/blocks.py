@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmpareto_optim.param_groups import Modalities
-from mmpareto_optim.rows import Layout, Row
+from mmpareto_optim.rows import Layout, Row, is_capturing
 from mmpareto_optim.rules.evaluation import solver_dtype
 
 Reached = tuple[tuple[str, ...], ...]
@@ -207,18 +207,19 @@ class Reach:
         layouts = [(name, row.layout) for name, row in rows.items()]
         if self._settled is not None and self._settled.holds_for(keys, layouts):
             return self._settled.reached
-        if self._look is not None:
+        if self._look is not None and not is_capturing():
             self._remember(self._look.read())
             self._look = None
         pairs = {
             (name, keys[position]): row.part(place)
             for name, row in rows.items()
             for position, place in row.layout.places.items()
+            if not _is_empty(keys[position])
         }
         unseen = {p: g for p, g in pairs.items() if p not in self._reached and p not in self._zero}
         reached_now = self._first_look(unseen, largest_of_all)
         zero = {pair: g for pair, g in pairs.items() if pair in self._zero and pair not in unseen}
-        if zero and not _is_capturing():
+        if zero and not is_capturing():
             self._look = _look_at(zero, largest_of_all)
         reached_now |= self._reached & pairs.keys()
         reached = tuple(tuple(name for name in rows if (name, key) in reached_now) for key in keys)
@@ -230,7 +231,7 @@ class Reach:
         """Those of the pairs that are reached in this step."""
         if not unseen:
             return set()
-        if _is_capturing():
+        if is_capturing():
             return set(unseen)
         sizes = _look_at(unseen, largest_of_all).read()
         self._zero |= {pair for pair, size in sizes.items() if size == 0}
@@ -244,6 +245,11 @@ class Reach:
         self._zero -= moved
 
 
+def _is_empty(key: object) -> bool:
+    """Whether there is nothing to look at, on any process."""
+    return isinstance(key, Tensor) and key.numel() == 0
+
+
 def _look_at(gradients: Mapping[Pair, Tensor], largest_of_all: LargestOfAll) -> _Look:
     sizes = largest_of_all(_largest_of(list(gradients.values())))
     pairs = tuple(gradients)
@@ -255,11 +261,6 @@ def _look_at(gradients: Mapping[Pair, Tensor], largest_of_all: LargestOfAll) -> 
     arrived = torch.Event(sizes.device)
     arrived.record()
     return _Look(pairs, host, arrived)
-
-
-def _is_capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing may be waited for."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _largest_of(tensors: Sequence[Tensor]) -> Tensor:

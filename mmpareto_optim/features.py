@@ -53,7 +53,6 @@ def rows_through(
     forms, forms_at = local_forms(backward), forms_of(outputs)
     targets = [*outputs, *(params[position] for position in paths.heads)]
     names = processes.losses_of_all(backward.losses, backward.constants)
-    memory = differentiation.memory(backward, forms)
     rows, rows_at = {}, {}
     with hooks_set_aside(outputs):
         for name in reversed(names):
@@ -65,18 +64,19 @@ def rows_through(
             row = flatten(forms_at, at)
             given = processes.given_by_all(name, row.layout.given, averages=False)
             rows_at[name] = row.extended(given)
-            rows[name] = averaged_row(processes, name, forms, gradient, memory.kept(name, gradient))
+            rows[name] = averaged_row(processes, name, forms, gradient)
             del at, gradient
     at_features = _integrated(features, {n: rows_at[n] for n in names}, reach, integration, seen)
     integrated = [at_features.gradients[position] for position in range(len(outputs))]
     behind = paths.through_encoders(params, integrated, backward.retain_graph)
     add_what_functions_wrote(behind, params)
-    kept = memory.kept("the features", behind)
+    memory = differentiation.memory(backward, forms)
+    kept = memory.kept("the features", behind, is_last=True)
     plain = averaged_row(processes, "the features", forms, behind, kept)
     del behind
-    memory.check()
     processes.wait()
-    differentiation.is_first, seen.behind = False, paths.behind
+    differentiation.is_first = False
+    seen.behind = {name: leaves.intersection(params) for name, leaves in paths.behind.items()}
     return {name: rows[name] for name in names}, plain, at_features.stats
 
 

@@ -39,10 +39,14 @@ def gram_matrix(spans: Sequence[Sequence[Tensor]]) -> tuple[Tensor, float]:
     """
     if _may_be_quick(spans):
         gram = sum_of([_in_pieces(rows) for rows in spans])
-        squares = gram.diagonal()
-        if bool(((squares > 1e-20) & (squares < 1e30)).all()):
+        squares = gram.diagonal().tolist()
+        if all(1e-20 < square < 1e30 or _is_zero(spans, i) for i, square in enumerate(squares)):
             return gram, ROUNDING
     return sum_of([_exact(rows) for rows in spans]), 0.0
+
+
+def _is_zero(spans: Sequence[Sequence[Tensor]], row: int) -> bool:
+    return not any(bool(rows[row].any()) for rows in spans)
 
 
 def _may_be_quick(spans: Sequence[Sequence[Tensor]]) -> bool:

@@ -48,7 +48,7 @@ class Integration:
         self,
         options: Options,
         processes: Processes,
-        copies: dict[str, Rule],
+        copies: dict[tuple[bool, str], Rule],
         *,
         at_features: bool = False,
     ) -> None:
@@ -170,9 +170,10 @@ class Integration:
         """The user's function; of one with a memory, which a ``reset()`` tells of, a copy."""
         if not callable(getattr(rule, "reset", None)):
             return rule  # type: ignore[no-any-return]
-        if block.name not in self._copies:
-            self._copies[block.name] = deepcopy(rule)
-        return self._copies[block.name]
+        key = self._at_features, block.name
+        if key not in self._copies:
+            self._copies[key] = deepcopy(rule)
+        return self._copies[key]
 
     def _stretched(
         self,

@@ -105,7 +105,7 @@ class GradientIntegrator:
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality, self._held())
-        self._copies: dict[str, Rule] = {}
+        self._copies: dict[tuple[bool, str], Rule] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -148,9 +148,12 @@ class GradientIntegrator:
         processes = self._selection.of(params)
         with processes.failing_together():
             modalities = self._checked(losses, features, by_hand, processes)
+            if self._accumulated is not None and not self._accumulated.goes_on():
+                self._accumulated = None  # somebody else's zero_grad() has ended it
+            accumulates = keep or self._accumulated is not None
             constants = partial(self._constants, params, modalities, features)
             backward = Backward(
-                losses, params, processes, constants, retain_graph, keep, self._describe
+                losses, params, processes, constants, retain_graph, accumulates, self._describe
             )
             seen, stats = Seen(params), dict[str, BlockStats]()
             with grads_set_aside(params) as before:
@@ -174,7 +177,8 @@ class GradientIntegrator:
                 gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
                 accumulated.write(gradients, processes, keep=keep)
         self._accumulated = accumulated if keep else None
-        self.stats, self._seen = stats | found.stats, seen
+        of_features = {f"{n} (feature)" if n in found.stats else n: s for n, s in stats.items()}
+        self.stats, self._seen = of_features | found.stats, seen
         self.has_integrated = True
         self.most_losses = max(self.most_losses, len(losses))
         if not callable(self._options.integration):
@@ -261,8 +265,10 @@ class GradientIntegrator:
         """Clear the gradients, and what has accumulated."""
         self.end_window()
         for param in self._held():
-            gradient = None if set_to_none else param.grad
-            param.grad = None if gradient is None else torch.zeros_like(gradient)
+            if set_to_none:
+                param.grad = None
+            elif param.grad is not None:
+                param.grad.detach_().zero_()
 
     def _held(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -270,3 +270,8 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
 
 
 _form = lru_cache(maxsize=4096)(Form)
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing may be waited for."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
