@@ -56,9 +56,14 @@ def blocks_of(
     Raises:
         ValueError: ``+`` in the names of losses gives two of the blocks one name.
     """
-    if modalities is not None:
-        return _by_modality(reached, params, modalities, rows)
-    return _by_reach(reached, tuple(param.numel() for param in params))
+    if modalities is None:
+        return _by_reach(reached, tuple(param.numel() for param in params))
+    given = map(any, zip(*(row.layout.given for row in rows.values()), strict=True))
+    modality_of = {param: name for name, members in modalities.items() for param in members}
+    chosen = tuple(
+        modality_of.get(p) if there else None for p, there in zip(params, given, strict=True)
+    )
+    return _by_modality(reached, chosen, tuple(modalities), tuple(rows))
 
 
 @lru_cache(maxsize=64)
@@ -112,26 +117,26 @@ def _takes_in(large: Block, small: Block, numbers: int, fewer: int) -> bool:
     return too_few or numbers >= OUTNUMBERED * fewer
 
 
+@lru_cache(maxsize=64)
 def _by_modality(
     reached: Reached,
-    params: Sequence[Tensor],
-    modalities: Modalities,
-    rows: Mapping[str, Row],
+    chosen: tuple[str | None, ...],
+    modalities: tuple[str, ...],
+    losses: tuple[str, ...],
 ) -> tuple[Block, ...]:
     """One block for each modality, over the losses that reach any part of it.
 
     What the modalities leave out is not integrated: its gradients are added.
     """
-    given = [any(there) for there in zip(*(row.layout.given for row in rows.values()), strict=True)]
     blocks = []
-    for modality, members in modalities.items():
-        positions = tuple(i for i, param in enumerate(params) if param in members and given[i])
+    for modality in modalities:
+        positions = tuple(i for i, name in enumerate(chosen) if name == modality)
         reaching = {name for position in positions for name in reached[position]}
-        objectives = tuple(name for name in rows if name in reaching)
+        objectives = tuple(name for name in losses if name in reaching)
         if objectives:
             blocks.append(Block(modality, objectives, positions))
-    chosen = {position for block in blocks for position in block.positions}
-    rest = [position for position in range(len(params)) if position not in chosen]
+    integrated = {position for block in blocks for position in block.positions}
+    rest = [position for position in range(len(chosen)) if position not in integrated]
     blocks += [
         Block("+".join(map(str, names)), names, positions, summed=True)
         for names, positions in _by_objectives(reached, rest)

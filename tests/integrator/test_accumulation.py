@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
 from tests.models import LateFusion, Losses, grads, vectors_as_losses
 from tests.models import audio_visual_batch as batch_of
 
@@ -241,3 +241,34 @@ def test_any_number_of_calls_integrates_the_sums(calls: int, objectives: int, se
         opt.backward(vectors_as_losses(many, gradients))
     MMParetoOptimizer(torch.optim.SGD([one], lr=0.1)).backward(vectors_as_losses(one, rows.sum(0)))
     torch.testing.assert_close(many.grad, one.grad, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [3, 4, 8])
+def test_a_change_of_signs_alone_ends_what_has_accumulated(
+    dtype: torch.dtype, numbers: int
+) -> None:
+    param, x = nn.Parameter(torch.randn(numbers, dtype=dtype)), torch.randn(numbers, dtype=dtype)
+    integrator = GradientIntegrator([param], integration="uniform")
+
+    def losses() -> Losses:
+        return {"a": (param * x).abs().sum(), "b": (param * param).abs().sum()}
+
+    integrator.backward(losses())
+    assert param.grad is not None
+    param.grad.data.neg_()
+    integrator.backward(losses())
+    torch.testing.assert_close(param.grad, torch.zeros_like(param.grad), rtol=0, atol=1e-6)
+
+
+def test_another_memory_format_between_micro_batches() -> None:
+    conv, plain = (nn.Conv2d(3, 5, 3) for _ in range(2))
+    plain.load_state_dict(conv.state_dict())
+    integrator = GradientIntegrator(conv.parameters(), integration="uniform")
+    for micro in range(2):
+        x = torch.randn(2, 3, 6, 6)
+        integrator.backward({"a": conv(x).square().mean(), "b": conv(x).sin().mean()})
+        (plain(x).square().mean() + plain(x).sin().mean()).backward()
+        if micro == 0:
+            conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(grads(conv), grads(plain))

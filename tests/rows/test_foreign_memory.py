@@ -209,3 +209,103 @@ def test_a_backward_that_returns_the_same_memory_each_time(
         assert_gram(stats.gram, torch.tensor([[1.0], [-3.0], [5.0]]).expand(3, param.numel()))
     buffer.zero_()
     torch.testing.assert_close(param.grad, torch.full(shape, 3.0))
+
+
+LONG = 2**15
+
+
+class Constant(torch.autograd.Function):
+    """A product with a constant, which is the gradient, and not a copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, constant: Tensor) -> Tensor:
+        ctx.constant = constant
+        return (x * constant).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.constant, None
+
+
+class Replayed(torch.autograd.Function):
+    """As a replayed graph: one buffer for each backward, whose version counter tells nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weights)
+        ctx.buffer = buffer
+        return (x * weights).sum(), (x * weights.square()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        ctx.buffer.data.copy_(grads[0] * weights + grads[1] * weights.square())
+        return ctx.buffer.detach(), None, None
+
+
+def two_long() -> tuple[MMParetoOptimizer, nn.Parameter, nn.Parameter]:
+    one, other = (nn.Parameter(torch.randn(LONG)) for _ in range(2))
+    base = torch.optim.SGD([one, other], lr=0.0)
+    return MMParetoOptimizer(base, integration="uniform"), one, other
+
+
+@pytest.mark.parametrize("kind", ["shared", "expanded", "constant"])
+def test_a_step_after_a_backward_adds_into_memory_of_its_own(kind: str) -> None:
+    """One gradient may be that of two parameters, one number, or somebody's constant."""
+    opt, one, other = two_long()
+    constant = torch.randn(LONG)
+    kept = constant.clone()
+
+    def losses(x: Tensor) -> dict[str, Tensor]:
+        both = one + other
+        if kind == "expanded":
+            return {"a": one.sum() + other.sum(), "b": (both * x).sum()}
+        if kind == "constant":
+            first = Constant.apply(one, constant)  # type: ignore[no-untyped-call]
+            return {"a": first + other.sum(), "b": (both * x).sum()}
+        return {"a": (both * x).sum(), "b": (both.square() * x).mean()}
+
+    first, second = torch.randn(LONG), torch.randn(LONG)
+    for _ in range(3):
+        opt.zero_grad()
+        opt.step(losses=losses(first))
+    opt.zero_grad()
+    opt.backward(losses(first))
+    opt.step(losses=losses(second))
+    total = sum([*losses(first).values(), *losses(second).values()], torch.zeros(()))
+    expected = torch.autograd.grad(total, [one, other])
+    torch.testing.assert_close([one.grad, other.grad], list(expected))
+    assert constant.equal(kept)
+
+
+def test_a_buffer_that_is_added_to_in_one_loss_alone() -> None:
+    """In the pass in which something is added, the gradient has another address."""
+    opt, one, _ = two_long()
+    buffer, weights, more = torch.zeros(LONG), torch.randn(LONG), torch.randn(LONG)
+    for _ in range(3):
+        first, second = Replayed.apply(one, weights, buffer)  # type: ignore[no-untyped-call]
+        opt.zero_grad()
+        opt.step(losses={"a": second + (one * more).sum(), "b": first})
+        torch.testing.assert_close(one.grad, weights.square() + more + weights)
+
+
+def test_a_buffer_that_comes_later_is_refused_and_then_right() -> None:
+    opt, one, _ = two_long()
+    buffer, weights = torch.zeros(LONG), torch.randn(LONG)
+
+    def losses(replayed: bool) -> dict[str, Tensor]:
+        if replayed:
+            first, second = Replayed.apply(one, weights, buffer)  # type: ignore[no-untyped-call]
+            return {"a": first, "b": second}
+        return {"a": (one * weights).sum(), "b": (one * weights.square()).sum()}
+
+    for _ in range(2):
+        opt.zero_grad()
+        opt.step(losses=losses(replayed=False))
+    before = one.grad
+    with pytest.raises(RuntimeError, match=r"later backward pass uses too.*step again"):
+        opt.step(losses=losses(replayed=True))
+    assert one.grad is before
+    opt.zero_grad()
+    opt.step(losses=losses(replayed=True))
+    torch.testing.assert_close(one.grad, weights + weights.square())
