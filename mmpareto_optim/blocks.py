@@ -206,15 +206,27 @@ class Reach:
         self._settled: _Settled | None = None
 
     def of(
-        self, rows: Mapping[str, Row], keys: Sequence[object], largest_of_all: LargestOfAll
+        self,
+        rows: Mapping[str, Row],
+        keys: Sequence[object],
+        largest_of_all: LargestOfAll,
+        held: Iterable[object] | None = None,
     ) -> Reached:
-        """For each position the losses that reach it; keys tell positions apart, as parameters."""
+        """For each position the losses that reach it.
+
+        Keys, parameters or names of features, tell positions apart; those no longer held are
+        forgotten, so that nothing keeps them alive.
+        """
         layouts = [(name, row.layout) for name, row in rows.items()]
         if self._settled is not None and self._settled.holds_for(keys, layouts):
             return self._settled.reached
         if self._look is not None and not is_capturing():
             self._remember(self._look.read())
             self._look = None
+        if held is not None:
+            known = set(held)
+            self._reached = {pair for pair in self._reached if pair[1] in known}
+            self._zero = {pair for pair in self._zero if pair[1] in known}
         pairs = {
             (name, keys[position]): row.part(place)
             for name, row in rows.items()

@@ -1,5 +1,7 @@
 """A loss reaches what it has moved: code that gives every parameter a gradient of zeros."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -211,3 +213,22 @@ def test_a_gradient_that_is_not_finite_confirms_nothing() -> None:
         opt.zero_grad()
         opt.backward({"a": losses[0], "b": losses[1]})
     assert [block.objectives for block in opt.blocks] == [("a", "b"), ("a",), ("b",)]
+
+
+def test_parameters_that_were_replaced_are_let_go_of() -> None:
+    model = nn.Linear(3, 2)
+    opt = MMParetoOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def step() -> None:
+        found = model(torch.randn(4, 3))
+        opt.zero_grad()
+        opt.step(losses={"a": found.square().mean(), "b": found.sin().mean()})
+
+    step()
+    old = weakref.ref(model.weight)
+    model.weight = nn.Parameter(torch.randn(2, 3))
+    opt.param_groups[0]["params"][0] = model.weight
+    step()
+    step()
+    gc.collect()
+    assert old() is None
