@@ -7,7 +7,7 @@ with the integrated gradient, and not once a loss.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from mmpareto_optim.autograd import (
     by_autograd,
     local_forms,
 )
-from mmpareto_optim.blocks import Block, Reach
+from mmpareto_optim.blocks import Block, Reach, Reached
 from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
 from mmpareto_optim.integration import Integrated, Integration
 from mmpareto_optim.messages import Seen, raise_explained, warn, warn_of_unheld
@@ -92,10 +92,13 @@ def _integrated(
                 "called with, or leave it out"
             )
     reached = reach.of(rows, list(features), integration.largest)
-    seen.feature_blocks = tuple(
-        Block(name, reached[position], (position,)) for position, name in enumerate(features)
-    )
+    seen.feature_blocks = _one_block_each(tuple(features), reached)
     return integration.integrate(seen.feature_blocks, list(rows), list(rows.values()))
+
+
+@lru_cache(maxsize=64)
+def _one_block_each(names: tuple[str, ...], reached: Reached) -> tuple[Block, ...]:
+    return tuple(Block(name, reached[i], (i,)) for i, name in enumerate(names))
 
 
 class FeaturePaths:

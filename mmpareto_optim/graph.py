@@ -46,7 +46,9 @@ def edges_behind(
             if edge not in stops:
                 behind.extend(edge[0].next_functions)
         level = behind
-    if level and to_the_end:
+        if not level:
+            return
+    if to_the_end:
         raise ValueError(
             f"the graph is more than {DEEPEST} operations deep, too deep to tell which parameters "
             "are behind the features: leave features out for the exact gradients"
