@@ -122,18 +122,18 @@ def formulas(eps: float, rounding: float) -> Formulas:
 
         In units of the root of the lengths' product, ``c`` for the cosine, the pessimistic weights
         are ``a_i = (1 - margin) s_j + margin - c``, with ``s_j`` the square of the other;
-        ``sum_i a_i g_i`` has the square ``(1 - c) (room sum_i a_i + margin (1 - c) size)``, where
-        ``size = s_1 + s_2 + 2``; ``room = 1 + c - 2 margin < 0`` where no direction has the margin.
+        ``sum_i a_i g_i`` has the square ``(1 - c) (slack sum_i a_i + margin (1 - c) size)``, where
+        ``size = s_1 + s_2 + 2``; ``slack = 1 + c - 2 margin < 0`` where no direction has the margin.
         """
         distance = 1 - cosine
-        room = cosine + (1 - 2 * margin)
+        slack = cosine + (1 - 2 * margin)
         size = numbers.add(square, distance, alpha=2)
         weight = numbers.add(margin - cosine, inverse, alpha=1 - margin)
-        total = numbers.add((1 - margin) * size, room, alpha=-2)
-        own_square = distance * numbers.addcmul(room * total, distance, size, value=margin)
+        total = numbers.add((1 - margin) * size, slack, alpha=-2)
+        own_square = distance * numbers.addcmul(slack * total, distance, size, value=margin)
         scale = numbers.sqrt(numbers.div(square, own_square))
         scale = numbers.div(numbers.clamp(scale * total, max=LONGEST_STRETCH), total)
-        found = numbers.masked_fill(scale * weight, room < 0, 0.0)
+        found = numbers.masked_fill(scale * weight, slack < 0, 0.0)
         return numbers.masked_fill(found, cosine >= 0, 1.0)
 
     return Formulas(of_two, lambda c, lengths: _of_many(c, lengths, len(c) * eps + rounding))
