@@ -123,7 +123,7 @@ def formulas(eps: float, rounding: float) -> Formulas:
         In units of the root of the lengths' product, ``c`` for the cosine, the pessimistic weights
         are ``a_i = (1 - margin) s_j + margin - c``, with ``s_j`` the square of the other;
         ``sum_i a_i g_i`` has the square ``(1 - c) (slack sum_i a_i + margin (1 - c) size)``, where
-        ``size = s_1 + s_2 + 2``; ``slack = 1 + c - 2 margin < 0`` where no direction has the margin.
+        ``size = s_1 + s_2 + 2``; ``slack = 1 + c - 2 margin < 0`` where none has the margin.
         """
         distance = 1 - cosine
         slack = cosine + (1 - 2 * margin)
