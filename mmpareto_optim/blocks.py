@@ -210,7 +210,7 @@ class Reach:
         rows: Mapping[str, Row],
         keys: Sequence[object],
         largest_of_all: LargestOfAll,
-        held: Iterable[object] | None = None,
+        held: Callable[[], Iterable[object]] | None = None,
     ) -> Reached:
         """For each position the losses that reach it.
 
@@ -224,7 +224,7 @@ class Reach:
             self._remember(self._look.read())
             self._look = None
         if held is not None:
-            known = set(held)
+            known = set(held())
             self._reached = {pair for pair in self._reached if pair[1] in known}
             self._zero = {pair for pair in self._zero if pair[1] in known}
         pairs = {

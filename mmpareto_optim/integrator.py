@@ -170,7 +170,7 @@ class GradientIntegrator:
                     accumulated.extend(self._accumulated, processes)
                 rows, plain = accumulated.rows, accumulated.plain
                 integration = Integration(self._options, processes, self._copies)
-                reached = self._reach.of(rows, params, integration.largest, self._held())
+                reached = self._reach.of(rows, params, integration.largest, self._held)
                 seen.blocks = blocks_of(reached, params, modalities, rows)
                 everything = [*rows.values()] if plain is None else [*rows.values(), plain]
                 found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)

@@ -10,6 +10,7 @@ import torch.utils.dlpack
 from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.fuzz.functions import Form
 from tests.models import assert_gram
 
 SHAPES = [(3,), (2, 3), (300, 200), (100_000,)]
@@ -214,19 +215,6 @@ def test_a_backward_that_returns_the_same_memory_each_time(
 LONG = 2**15
 
 
-class Constant(torch.autograd.Function):
-    """A product with a constant, which is the gradient, and not a copy of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, constant: Tensor) -> Tensor:
-        ctx.constant = constant
-        return (x * constant).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.constant, None
-
-
 class Replayed(torch.autograd.Function):
     """As a replayed graph: one buffer for each backward, whose version counter tells nothing."""
 
@@ -261,7 +249,7 @@ def test_a_step_after_a_backward_adds_into_memory_of_its_own(kind: str) -> None:
         if kind == "expanded":
             return {"a": one.sum() + other.sum(), "b": (both * x).sum()}
         if kind == "constant":
-            first = Constant.apply(one, constant)  # type: ignore[no-untyped-call]
+            first = Form.apply(one, constant)  # type: ignore[no-untyped-call]
             return {"a": first + other.sum(), "b": (both * x).sum()}
         return {"a": (both * x).sum(), "b": (both.square() * x).mean()}
 
