@@ -1,23 +1,33 @@
 """What has accumulated since the last ``zero_grad``: a row for each loss, and ``.grad``."""
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import NamedTuple
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.rows import Row, layout_of, sum_of_rows
+from mmpareto_optim.rules.named import Rule
 from mmpareto_optim.types import Gradient
+
+if TYPE_CHECKING:
+    from mmpareto_optim.distributed.single import Processes
 
 
 class _Written(NamedTuple):
-    """What was written to a parameter's ``.grad``, by which an edit of it is told."""
+    """What was written to a parameter's ``.grad``, by which an edit of it is told.
 
-    gradient: Tensor
+    Not the tensor itself, which lives as long as anybody else needs it: ``alive`` ends the
+    window with the last of them.
+    """
+
+    identity: int
     version: int
     fingerprint: Tensor
+    alive: "weakref.ref[Tensor]"
 
 
 class GradAccumulator:
@@ -32,22 +42,35 @@ class GradAccumulator:
         rows: by the name of the loss.
         plain: what is added as it is: encoders' gradients that were integrated at the features.
         foreign: for each parameter the ``.grad`` to add to, or None.
+        rules_before: a user's rules with a memory, as they were when it began.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], rows: dict[str, Row], plain: Row | None, foreign: Gradient
+        self,
+        params: Sequence[Tensor],
+        rows: dict[str, Row],
+        plain: Row | None,
+        foreign: Gradient,
+        rules_before: dict[tuple[bool, str], Rule],
     ) -> None:
         self.params = params
         self.rows = rows
         self.plain = plain
         self.foreign = foreign
+        self.rules_before = rules_before
         self._written: dict[int, _Written] = {}
+
+    def _forget(self, position: int) -> None:
+        """Let go of the rows when the last ``.grad`` has been set to None."""
+        self._written.pop(position, None)
+        if not self._written:
+            self.rows, self.plain = {}, None
 
     def goes_on(self) -> bool:
         """Whether what comes next is added to it, as far as version counters tell."""
         return any(map(self._seems_untouched, self._written))
 
-    def extend(self, earlier: "GradAccumulator", processes: Processes) -> None:
+    def extend(self, earlier: "GradAccumulator", processes: "Processes") -> None:
         """Add what has accumulated before, as far as its ``.grad`` is untouched."""
         places = {param: position for position, param in enumerate(self.params)}
         before, now = (next(iter(each.rows.values())).layout.forms for each in (earlier, self))
@@ -85,21 +108,26 @@ class GradAccumulator:
         forms = next(iter(self.rows.values())).layout.forms
         return layout_of(forms, tuple(piece is not None for piece in pieces)).row_of(pieces)
 
-    def write(self, gradients: dict[int, Tensor], processes: Processes, *, keep: bool) -> None:
+    def write(self, gradients: dict[int, Tensor], processes: "Processes", *, keep: bool) -> None:
         """Make each gradient, and what is foreign, the ``.grad`` of the parameter at its position.
 
         All or none: sums come before the first write, and what was written is taken back if one
         fails. With ``keep`` an edit is told later.
         """
-        before = {position: self.params[position].grad for position in gradients}
         totals = {position: self._with_foreign(position, g) for position, g in gradients.items()}
-        written = {}
         if keep:
-            written = {
-                position: _Written(total, total._version, fingerprint(processes.local(total)))
+            owner = weakref.ref(self)
+            self._written = {
+                position: _Written(
+                    id(total),
+                    total._version,
+                    fingerprint(processes.local(total)),
+                    weakref.ref(total, partial(_forget_in, owner, position)),
+                )
                 for position, total in totals.items()
             }
         processes.agree_to_write()
+        before = {position: self.params[position].grad for position in totals}
         try:
             for position, total in totals.items():
                 self.params[position].grad = total
@@ -107,7 +135,6 @@ class GradAccumulator:
             for position, gradient in before.items():
                 self.params[position].grad = gradient
             raise
-        self._written = written
 
     def _with_foreign(self, position: int, gradient: Tensor) -> Tensor:
         foreign = self.foreign[position]
@@ -116,21 +143,28 @@ class GradAccumulator:
     def _seems_untouched(self, position: int) -> bool:
         """As far as the object and its version counter tell."""
         written, gradient = self._written.get(position), self.params[position].grad
-        if written is None or gradient is not written.gradient:
+        if written is None or gradient is None or id(gradient) != written.identity:
             return False
         return gradient._version == written.version
 
-    def _untouched(self, positions: Sequence[int], processes: Processes) -> list[bool]:
+    def _untouched(self, positions: Sequence[int], processes: "Processes") -> list[bool]:
         """Whether ``.grad`` is what was written, whatever its version counter says.
 
         An edit through ``.data`` or NumPy is seen by its result alone. On a device this waits.
         """
         written = [self._written[position] for position in positions]
-        now = [fingerprint(processes.local(each.gradient)) for each in written]
+        gradients = [self.params[position].grad for position in positions]
+        now = [fingerprint(processes.local(g)) for g in gradients if g is not None]
         if now[0].is_meta:
             return [True] * len(positions)
         same = [one == each.fingerprint for one, each in zip(now, written, strict=True)]
         return torch.stack([each.to(same[0].device) for each in same]).tolist()
+
+
+def _forget_in(owner: "weakref.ref[GradAccumulator]", position: int, _: object) -> None:
+    accumulator = owner()
+    if accumulator is not None:
+        accumulator._forget(position)
 
 
 CHUNK = 2**18
@@ -155,3 +189,39 @@ def _weights(device: torch.device) -> Tensor:
     mixed = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * -7046029254386353131
     mixed = (mixed ^ (mixed >> 32)) * MULTIPLIER
     return (mixed ^ (mixed >> 29)) | 1
+
+
+@contextmanager
+def grads_set_aside(params: Sequence[Tensor]) -> Iterator[Gradient]:
+    """No parameter has a ``.grad`` meanwhile; gives those that there were, and puts them back."""
+    before = [param.grad for param in params]
+    try:
+        try:
+            for param, gradient in zip(params, before, strict=True):
+                if gradient is not None:
+                    param.grad = None
+            yield before
+        finally:
+            _put_back(params, before)
+    finally:  # once more, after an interrupt in the middle
+        _put_back(params, before)
+
+
+def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
+    for param, gradient in zip(params, gradients, strict=True):
+        if param.grad is not gradient:
+            param.grad = gradient
+
+
+def add_what_functions_wrote(gradient: Gradient, params: Sequence[Tensor]) -> bool:
+    """Add to a gradient what was accumulated into ``.grad`` meanwhile; whether there was any.
+
+    A function whose own backward calls ``backward`` (a reversible layer) accumulates there for
+    the parameters inside it, which is a part of the gradient that ``torch.autograd.grad`` does not
+    return.
+    """
+    written = {i: p.grad for i, p in enumerate(params) if p.is_leaf and p.grad is not None}
+    for position, by_function in written.items():
+        known, params[position].grad = gradient[position], None
+        gradient[position] = by_function if known is None else known + by_function
+    return bool(written)

@@ -1,22 +1,44 @@
 """One loss -> its gradients -> a row; errors of autograd with the mend."""
 
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmpareto_optim.accumulation import add_what_functions_wrote
+from mmpareto_optim.check import SumCheck
 from mmpareto_optim.graph import leaves_beside
-from mmpareto_optim.messages import raise_explained, warn_of_unheld
+from mmpareto_optim.messages import raise_explained
 from mmpareto_optim.rows import LONG, Form, Row, flatten, forms_of, is_capturing
 from mmpareto_optim.types import Constants, Describe, Gradient, Losses
+from mmpareto_optim.watch import Watch
 
 if TYPE_CHECKING:
     from mmpareto_optim.distributed.single import Processes
 
 Rows = dict[str, Row]
 """By the name of the loss."""
+
+Autocast = dict[str, torch.dtype]
+"""By type of device the dtype of an autocast region."""
+
+
+def autocast_around(tensors: Iterable[Tensor]) -> Autocast:
+    """The autocast regions that this is called in, for the devices of some tensors."""
+    kinds = {tensor.device.type for tensor in tensors} - {"meta"}
+    return {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
+
+
+@contextmanager
+def switched(autocast: Autocast, *, on: bool) -> Iterator[None]:
+    """Autocast regions are entered, or left, meanwhile."""
+    with ExitStack() as stack:
+        for kind, dtype in autocast.items():
+            stack.enter_context(torch.autocast(kind, dtype, enabled=on))
+        yield
 
 
 class Backward(NamedTuple):
@@ -25,6 +47,7 @@ class Backward(NamedTuple):
     Attributes:
         constants: what the processes have in common, by the names of error messages.
         accumulates: whether rows are needed after the step.
+        autocast: in which the passes are made, by type of device; all else is made without.
     """
 
     losses: Losses
@@ -34,63 +57,96 @@ class Backward(NamedTuple):
     retain_graph: bool
     accumulates: bool
     describe: Describe
+    autocast: Autocast
 
 
 class Differentiation:
-    """Differentiates one loss after the other; remembers what graphs turned out to be like."""
+    """Differentiates one loss after the other; remembers what graphs turned out to be like.
 
-    def __init__(self) -> None:
-        self.is_first = True
+    Args:
+        check: whether the first gradients are compared with the gradient of the summed losses.
+        watch: what warns of parameters that nobody holds.
+    """
+
+    def __init__(self, check: bool, watch: Watch) -> None:
+        self.watch = watch
+        self._is_to_check = check
         self._functions_call_backward = False
-        self._walked: set[str] = set()
         self._may_stay: dict[int, bool] = {}
 
     def rows(self, backward: Backward) -> Rows:
-        """Each loss's gradient at the parameters, averaged over the processes.
-
-        The pass that frees the graph should be the one that reaches most of it, and the joint
-        loss is usually named first: so the first loss is the last.
-        """
+        """Each loss's gradient at the parameters, averaged over the processes."""
         forms = local_forms(backward)
         others = self._leaves_to_pass_through(backward)
-        names = backward.processes.losses_of_all(backward.losses, backward.constants)
         memory = self.memory(backward, forms)
         rows = {}
-        for name in reversed(names):
-            gradient = self.gradient_of(backward, name, backward.params, others, names[0])
-            kept = memory.kept(name, gradient, is_last=name == names[0])
+        for name, gradient, is_last in self.gradients(backward, backward.params, others):
+            kept = memory.kept(name, gradient, is_last=is_last)
             rows[name] = averaged_row(backward.processes, name, forms, gradient, kept)
             memory.learn(gradient, rows[name])
             del gradient  # autograd's own tensors, before the next pass makes more of them
         memory.check()
         backward.processes.wait()
-        self.is_first = False
-        self._walked = set(backward.losses) | (self._walked if len(self._walked) < 1000 else set())
-        return {name: rows[name] for name in names}
+        if backward.processes.shares is None:
+            self.watch.note_rows(rows, backward.params, backward.losses)
+        return dict(reversed(rows.items()))
 
     def memory(self, backward: Backward, forms: Sequence[Form]) -> "ForeignMemory":
         """Which of autograd's tensors may stay where they are in this backward."""
+        if len(self._may_stay) > len(backward.params):  # some have been replaced
+            held = set(map(id, backward.params))
+            self._may_stay = {key: may for key, may in self._may_stay.items() if key in held}
         return ForeignMemory(backward, forms, self._may_stay)
 
-    def gradient_of(
+    def gradients(
+        self, backward: Backward, targets: Sequence[Tensor], others: Sequence[Tensor]
+    ) -> Iterator[tuple[str, Gradient, bool]]:
+        """Each loss's gradient at some tensors, by its name, and whether it is the last.
+
+        The pass that frees the graph should be the one that reaches most of it, and the joint
+        loss is usually named first: so the first loss is the last.
+        """
+        processes, losses = backward.processes, backward.losses
+        names = processes.losses_of_all(losses, backward.constants)
+        check = None
+        can_compare = not (is_capturing() or any(target.is_meta for target in targets))
+        if self._is_to_check and len(losses) > 1 and can_compare and processes.shares is None:
+            check = SumCheck(forms_of([processes.local(target) for target in targets]))
+        for name in reversed(names):
+            retain = backward.retain_graph or name != names[0] or check is not None
+            gradient: Gradient = [None] * len(targets)
+            if name in losses:  # otherwise another process has it
+                gradient = self._gradient_of(backward, [name], targets, others, retain)
+            if check is not None:
+                check.add(gradient)
+            yield name, gradient, name == names[0]
+            del gradient
+        if check is not None:
+            whole = partial(
+                self._gradient_of, backward, list(losses), targets, others, backward.retain_graph
+            )
+            # Again where they are not finite, as while a GradScaler looks for its scale.
+            is_done = check.compare(whole, targets, backward.describe)
+            self._is_to_check = not (is_done or processes.ranks)
+
+    def _gradient_of(
         self,
         backward: Backward,
-        name: str,
+        names: Sequence[str],
         targets: Sequence[Tensor],
         others: Sequence[Tensor],
-        last: str,
+        retain_graph: bool,
     ) -> Gradient:
-        """A loss's gradient at some tensors; the pass of the last loss frees the graph."""
-        if name not in backward.losses:  # another process has it
-            return [None] * len(targets)
+        """The gradient of a loss, or of the sum of several, at some tensors."""
+        what = f"loss {names[0]!r}" if len(names) == 1 else f"the sum of {list(names)}"
         try:
-            gradient = backward.processes.differentiate(
-                [backward.losses[name]], targets, others, backward.retain_graph or name != last
-            )
-        except RuntimeError as error:
-            raise_explained(error, f"loss {name!r}")
+            losses = [backward.losses[name] for name in names]
+            with switched(backward.autocast, on=True):
+                gradient = backward.processes.differentiate(losses, targets, others, retain_graph)
+        except Exception as error:
+            raise_explained(error, what)
         self._functions_call_backward |= add_what_functions_wrote(gradient, targets)
-        check_dense(name, gradient, targets, backward.describe)
+        check_dense(what, gradient, targets, backward.describe)
         return gradient
 
     def _leaves_to_pass_through(self, backward: Backward) -> Sequence[Tensor]:
@@ -99,12 +155,11 @@ class Differentiation:
         Looked for once a loss, and in each backward where there are such functions.
         """
         passes_through_all = backward.processes.shares is not None
-        is_known = backward.losses.keys() <= self._walked and not self._functions_call_backward
-        if passes_through_all or is_known:
+        is_known = backward.losses.keys() <= self.watch.layouts.keys()
+        if passes_through_all or (is_known and not self._functions_call_backward):
             return ()
         leaves = leaves_beside(backward.params, backward.losses)
-        if self.is_first:
-            warn_of_unheld(leaves)
+        self.watch.note_unheld(leaves)
         return list(leaves)
 
 
@@ -221,66 +276,16 @@ def by_autograd(
     targets = [*params, *others]
     if not targets:
         return []
-    found = torch.autograd.grad(
-        outputs, targets, along, retain_graph=retain_graph, allow_unused=True
-    )
+    # Outputs of a subclass, as those of MONAI, would take what autograd finds for their own.
+    with torch._C.DisableTorchFunctionSubclass():
+        found = torch.autograd.grad(
+            outputs, targets, along, retain_graph=retain_graph, allow_unused=True
+        )
     return list(found[: len(params)])
 
 
-def add_what_functions_wrote(gradient: Gradient, params: Sequence[Tensor]) -> bool:
-    """Add to a gradient what was accumulated into ``.grad`` meanwhile; whether there was any.
-
-    A function whose own backward calls ``backward`` (a reversible layer) accumulates there for
-    the parameters inside it, which is a part of the gradient that ``torch.autograd.grad`` does not
-    return.
-    """
-    written = {i: p.grad for i, p in enumerate(params) if p.is_leaf and p.grad is not None}
-    for position, by_function in written.items():
-        known, params[position].grad = gradient[position], None
-        gradient[position] = by_function if known is None else known + by_function
-    return bool(written)
-
-
-@contextmanager
-def grads_set_aside(params: Sequence[Tensor]) -> Iterator[Gradient]:
-    """No parameter has a ``.grad`` meanwhile; gives those that there were, and puts them back."""
-    before = [param.grad for param in params]
-    try:
-        try:
-            for param, gradient in zip(params, before, strict=True):
-                if gradient is not None:
-                    param.grad = None
-            yield before
-        finally:
-            _put_back(params, before)
-    finally:  # once more, after an interrupt in the middle
-        _put_back(params, before)
-
-
-def _put_back(params: Sequence[Tensor], gradients: Gradient) -> None:
-    for param, gradient in zip(params, gradients, strict=True):
-        if param.grad is not gradient:
-            param.grad = gradient
-
-
-def gradients_of(
-    losses: Losses, params: Sequence[Tensor], describe: Describe
-) -> dict[str, Gradient]:
-    """For each loss its gradient at the parameters, on this process; frees the graph.
-
-    These tensors may share memory with others that autograd handed out: they are to be read.
-    """
-    found = {}
-    for name in reversed(list(losses)):
-        retain = name != next(iter(losses))
-        found[name] = by_autograd([losses[name]], params, retain_graph=retain)
-        add_what_functions_wrote(found[name], params)
-        check_dense(name, found[name], params, describe)
-    return {name: found[name] for name in losses}
-
-
 def check_dense(
-    name: str, gradient: Gradient, params: Sequence[Tensor], describe: Describe
+    what: str, gradient: Gradient, params: Sequence[Tensor], describe: Describe
 ) -> None:
     """Raise TypeError for a sparse gradient; names the loss and the parameter."""
     layouts = [torch.strided if piece is None else piece.layout for piece in gradient]
@@ -289,6 +294,6 @@ def check_dense(
             p for p, layout in zip(params, layouts, strict=True) if layout != torch.strided
         )
         raise TypeError(
-            f"loss {name!r} gives a sparse gradient for {describe(param)}; only dense "
+            f"{what} gives a sparse gradient for {describe(param)}; only dense "
             "gradients can be integrated: build the embedding with sparse=False"
         )

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mmpareto_optim.options import is_mapping
+
 
 def forwarded_property(holder: str, name: str) -> Any:
     """An attribute of something that the optimizer holds, which reads and writes it there."""
@@ -70,13 +72,55 @@ def raise_if_second_order(base: Optimizer, error: RuntimeError) -> None:
     ) from error
 
 
-def check_differentiated(result: Any, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise RuntimeError if a closure returned a loss and left no gradient anywhere."""
+def integrating(
+    closure: Callable[[], Any],
+    backward: Callable[[Any], None],
+    mean: Callable[[Tensor], Tensor],
+    groups: Iterable[Mapping[str, Any]],
+) -> Callable[[], Any]:
+    """A closure for the base of one that returns losses: they are integrated, and their sum given.
+
+    The sum is a mean over the processes: what a line search decides by must be the same on all.
+    """
+
+    def evaluate() -> Any:
+        before = _versions_of_grads(groups)
+        losses = closure()
+        if not is_mapping(losses):
+            _check_differentiated(losses, before, _versions_of_grads(groups))
+            return losses
+        backward(losses)
+        return mean(sum(losses[name].detach() for name in losses.keys()))  # noqa: SIM118
+
+    return evaluate
+
+
+Versions = list[tuple[int, int] | None]
+
+
+def _versions_of_grads(groups: Iterable[Mapping[str, Any]]) -> Versions:
+    """By which it is told whether a ``.grad`` has changed; None where there is none."""
+    grads = [param.grad for group in groups for param in group["params"]]
+    return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+
+def _check_differentiated(result: Any, before: Versions, after: Versions) -> None:
+    """Raise for what a closure returned, if it is no mapping and there is no gradient for it.
+
+    Raises:
+        TypeError: several losses without names.
+        RuntimeError: a loss, and no gradient has changed; nothing, and there is no gradient.
+    """
+    if isinstance(result, list | tuple):
+        raise TypeError(
+            f"the closure returned a {type(result).__name__}: return the mapping of losses alone, "
+            'as in {"mm": loss, "audio": audio_loss}'
+        )
     has_graph = isinstance(result, Tensor) and result.requires_grad
-    if has_graph and all(param.grad is None for group in groups for param in group["params"]):
+    # A framework's closure may return None, and the gradients be there before.
+    if (has_graph and before == after) or (result is None and not any(after)):
         raise RuntimeError(
-            "the closure returned a loss and left no gradient: return the mapping of losses, or "
-            "call backward() in it"
+            "the closure left no gradient: return the mapping of losses, or call backward() in it"
         )
 
 

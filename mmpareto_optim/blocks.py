@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmpareto_optim.options import MOST_NAMES
 from mmpareto_optim.param_groups import Modalities
 from mmpareto_optim.rows import Layout, Row, is_capturing
 from mmpareto_optim.rules.evaluation import solver_dtype
@@ -227,6 +228,9 @@ class Reach:
             known = set(held())
             self._reached = {pair for pair in self._reached if pair[1] in known}
             self._zero = {pair for pair in self._zero if pair[1] in known}
+        if len({name for name, _ in self._reached} | rows.keys()) > MOST_NAMES:
+            self._reached = {pair for pair in self._reached if pair[0] in rows}
+            self._zero = {pair for pair in self._zero if pair[0] in rows}
         pairs = {
             (name, keys[position]): row.part(place)
             for name, row in rows.items()

@@ -7,24 +7,25 @@ with the integrated gradient, and not once a loss.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from mmpareto_optim.accumulation import add_what_functions_wrote
 from mmpareto_optim.autograd import (
     Backward,
     Differentiation,
     Rows,
-    add_what_functions_wrote,
     averaged_row,
     by_autograd,
     local_forms,
+    switched,
 )
 from mmpareto_optim.blocks import Block, Reach, Reached
 from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of
 from mmpareto_optim.integration import Integrated, Integration
-from mmpareto_optim.messages import Seen, raise_explained, warn, warn_of_unheld
+from mmpareto_optim.messages import Seen, raise_explained, warn
 from mmpareto_optim.rows import Row, flatten, forms_of
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Describe, Features, Gradient, Losses
@@ -44,21 +45,17 @@ def rows_through(
         The rows at the parameters that are behind no feature; the gradient of those that are,
         which is added as it is; and the stats of each feature. ``seen`` is told of the blocks.
     """
+    backward = backward._replace(describe=partial(_describe, features, backward.describe))
     params, processes = backward.params, backward.processes
     paths = FeaturePaths(backward.losses, features, params, backward.describe)
-    if differentiation.is_first:
-        leaves = [*paths.others_before, *paths.others_behind]
-        warn_of_unheld(dict.fromkeys(leaves, next(iter(backward.losses))))
+    leaves = [*paths.others_before, *paths.others_behind]
+    differentiation.watch.note_unheld(dict.fromkeys(leaves, next(iter(backward.losses))))
     outputs = list(features.values())
     forms, forms_at = local_forms(backward), forms_of(outputs)
     targets = [*outputs, *(params[position] for position in paths.heads)]
-    names = processes.losses_of_all(backward.losses, backward.constants)
     rows, rows_at = {}, {}
     with hooks_set_aside(outputs):
-        for name in reversed(names):
-            found = differentiation.gradient_of(
-                backward, name, targets, paths.others_before, names[0]
-            )
+        for name, found, _ in differentiation.gradients(backward, targets, paths.others_before):
             at, gradient = found[: len(outputs)], paths.at_heads(found[len(outputs) :])
             del found
             row = flatten(forms_at, at)
@@ -66,18 +63,23 @@ def rows_through(
             rows_at[name] = row.extended(given)
             rows[name] = averaged_row(processes, name, forms, gradient)
             del at, gradient
-    at_features = _integrated(features, {n: rows_at[n] for n in names}, reach, integration, seen)
+    rows, rows_at = dict(reversed(rows.items())), dict(reversed(rows_at.items()))
+    at_features = _integrated(features, rows_at, reach, integration, seen)
     integrated = [at_features.gradients[position] for position in range(len(outputs))]
-    behind = paths.through_encoders(params, integrated, backward.retain_graph)
+    behind = paths.through_encoders(backward, integrated)
     add_what_functions_wrote(behind, params)
     memory = differentiation.memory(backward, forms)
     kept = memory.kept("the features", behind, is_last=True)
     plain = averaged_row(processes, "the features", forms, behind, kept)
     del behind
     processes.wait()
-    differentiation.is_first = False
     seen.behind = {name: leaves.intersection(params) for name, leaves in paths.behind.items()}
-    return {name: rows[name] for name in names}, plain, at_features.stats
+    return rows, plain, at_features.stats
+
+
+def _describe(features: Features, describe: Describe, target: Tensor) -> str:
+    names = [name for name, feature in features.items() if feature is target]
+    return f"feature {names[0]!r}" if names else describe(target)
 
 
 @torch.no_grad()
@@ -144,19 +146,18 @@ class FeaturePaths:
             gradient[position] = piece
         return gradient
 
-    def through_encoders(
-        self, params: Sequence[Tensor], integrated: Sequence[Tensor], retain_graph: bool
-    ) -> Gradient:
+    def through_encoders(self, backward: Backward, integrated: Sequence[Tensor]) -> Gradient:
         """The gradient at the parameters, from the integrated one at each feature."""
         try:
-            return by_autograd(
-                list(self.features.values()),
-                params,
-                self.others_behind,
-                along=integrated,
-                retain_graph=retain_graph,
-            )
-        except RuntimeError as error:
+            with switched(backward.autocast, on=True):
+                return by_autograd(
+                    list(self.features.values()),
+                    backward.params,
+                    self.others_behind,
+                    along=integrated,
+                    retain_graph=backward.retain_graph,
+                )
+        except Exception as error:
             raise_explained(error, f"features {list(self.features)}")
 
 

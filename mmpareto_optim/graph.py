@@ -57,7 +57,8 @@ def edges_behind(
 
 def leaves_of(edges: Iterable[Edge]) -> set[Tensor]:
     """The leaf tensors among some edges: those that a backward would accumulate into."""
-    return {node.variable for node, _ in edges if type(node).__name__ == "AccumulateGrad"}
+    leaves = {node.variable for node, _ in edges if type(node).__name__ == "AccumulateGrad"}
+    return {leaf for leaf in leaves if leaf.requires_grad}  # some may have been frozen since
 
 
 def leaves_beside(params: Sequence[Tensor], losses: Losses) -> Mapping[Tensor, str]:

@@ -1,7 +1,8 @@
 """From the rows of several losses to one gradient: Gram matrices, coefficients, sums."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,13 +11,63 @@ from torch import Tensor
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.gram import gram_matrix, sum_of
-from mmpareto_optim.groups import Group, groups_of
 from mmpareto_optim.options import Options
-from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
+from mmpareto_optim.rows import ONE, Form, Layout, Row, Span, combine, spans_of, unflatten
 from mmpareto_optim.rules.evaluation import applied_gamma
 from mmpareto_optim.rules.named import Rounding, Rule, coefficients_of_blocks
-from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.stats import BlockStats, StatsByBlock
 from mmpareto_optim.tensor_stretch import combine_and_stretch
+
+
+class Group(NamedTuple):
+    """Parameters of one block that the same losses give a gradient.
+
+    Attributes:
+        block: the number of the block that is integrated; None where gradients are added.
+        rows: which of the rows have one.
+        of_losses: for each loss of the block where its row stands in ``rows``, or None.
+        share: what part of an inner product of these gradients this process counts.
+        spans: the parameters.
+    """
+
+    block: int | None
+    rows: tuple[int, ...]
+    of_losses: tuple[int | None, ...]
+    share: float
+    spans: tuple[Span, ...]
+
+
+@lru_cache(maxsize=64)
+def groups_of(
+    blocks: tuple[Block, ...],
+    losses: tuple[str, ...],
+    layouts: tuple[Layout, ...],
+    shares: tuple[float, ...] | None,
+) -> tuple[Group, ...]:
+    """All parameters with a gradient, in groups that are handled alike.
+
+    Args:
+        blocks: those that are integrated.
+        losses: names of the losses of the first rows.
+        layouts: of the rows.
+        shares: for each parameter as in :class:`Group`; None for 1.
+    """
+    block_of = {i: number for number, block in enumerate(blocks) for i in block.positions}
+    members: dict[tuple[int | None, tuple[int, ...], float, Hashable], list[int]] = {}
+    for position, form in enumerate(layouts[0].forms):
+        rows = tuple(i for i, layout in enumerate(layouts) if layout.given[position])
+        share = 1.0 if shares is None else shares[position]
+        if rows:
+            key = (block_of.get(position), rows, share, (form.dtype, form.device))
+            members.setdefault(key, []).append(position)
+    groups = []
+    for (block, rows, share, _), positions in members.items():
+        objectives = () if block is None else blocks[block].objectives
+        in_rows = [losses.index(name) for name in objectives]
+        of_losses = tuple(rows.index(row) if row in rows else None for row in in_rows)
+        spans = spans_of([layouts[row] for row in rows], positions)
+        groups.append(Group(block, rows, of_losses, share, tuple(spans)))
+    return tuple(groups)
 
 
 class Integrated(NamedTuple):
@@ -25,12 +76,18 @@ class Integrated(NamedTuple):
     Attributes:
         gradients: by position of a parameter, each in memory of its own.
         stats: by name of a block.
-        factors: by name of a block, what its gradients were multiplied by at most; on the CPU.
+        factors: by name of a block, what its gradients were multiplied by at most; on the CPU,
+            and of a rule that has a name.
     """
 
     gradients: dict[int, Tensor]
-    stats: dict[str, BlockStats]
+    stats: StatsByBlock
     factors: dict[str, list[float]]
+
+    def stats_beside(self, of_features: Mapping[str, BlockStats]) -> StatsByBlock:
+        """Together with those of features, which may be called like a block."""
+        named = {f"{n} (feature)" if n in self.stats else n: s for n, s in of_features.items()}
+        return StatsByBlock(named | self.stats)
 
 
 class Integration:
@@ -107,11 +164,12 @@ class Integration:
                     for row, place in zip(group.rows, span.places, strict=True):
                         rows[row].release(place)
         gamma = 1.0 if callable(self._options.integration) else self._options.factor
-        stats = {
-            block.name: BlockStats(block.objectives, gram, each, gamma, _cat_on(gram, stretch))
-            for block, gram, each, stretch in zip(met, grams, coefficients, stretches, strict=True)
-        }
-        return Integrated(gradients, stats, _known_factors(stats))
+        stats = StatsByBlock()
+        for block, gram, each, of_block in zip(met, grams, coefficients, stretches, strict=True):
+            total = _cat_on(gram, of_block)
+            stats[block.name] = BlockStats(block.objectives, gram, each, gamma, total)
+        is_own = callable(self._options.integration)
+        return Integrated(gradients, stats, {} if is_own else _known_factors(stats))
 
     def _grams(
         self, blocks: int, groups: Sequence[Group], pieces: Sequence[Sequence[Sequence[Tensor]]]

@@ -1,29 +1,32 @@
 """Settings, what holds from one backward to the next, and the whole backward on one screen."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from mmpareto_optim.accumulation import GradAccumulator
-from mmpareto_optim.autograd import Backward, Differentiation, grads_set_aside
+from mmpareto_optim.accumulation import GradAccumulator, grads_set_aside
+from mmpareto_optim.autograd import Backward, Differentiation, Rows, autocast_around, switched
 from mmpareto_optim.blocks import Reach, blocks_of
-from mmpareto_optim.distributed.select import ProcessSelection
-from mmpareto_optim.distributed.single import Processes
+from mmpareto_optim.check import warn_of_one_scaled
+from mmpareto_optim.distributed.single import Processes, ProcessSelection
 from mmpareto_optim.features import rows_through
 from mmpareto_optim.integration import Integration
-from mmpareto_optim.messages import (
-    LARGE_COEFFICIENT,
-    Blocks,
-    Seen,
-    block_table,
-    warn_of_small_gradient,
-    warn_of_standing_block,
+from mmpareto_optim.messages import Blocks, Seen, block_table, warn
+from mmpareto_optim.options import (
+    MOST_NAMES,
+    Options,
+    Rescale,
+    RuleChoice,
+    check_features,
+    check_losses,
+    set_attribute,
 )
-from mmpareto_optim.options import Options, Rescale, RuleChoice, check_features, check_losses
 from mmpareto_optim.param_groups import (
     Modalities,
     as_groups,
@@ -32,14 +35,12 @@ from mmpareto_optim.param_groups import (
     parameters_by_modality,
 )
 from mmpareto_optim.rules.named import Rule
-from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.stats import BlockStats, StatsByBlock
 from mmpareto_optim.types import Features, Losses
+from mmpareto_optim.watch import Watch
 
 if TYPE_CHECKING:  # not in every build
     from torch.distributed import ProcessGroup
-
-STEPS_WATCHED = 100
-"""Steps of a block after which one that mostly stood still is warned of."""
 
 
 def _option(name: str, doc: str) -> Any:
@@ -50,7 +51,7 @@ def _option(name: str, doc: str) -> Any:
 
     def write(self: "GradientIntegrator", value: Any) -> None:
         self._options = replace(self._options, **{name: value})
-        self._copies.clear()
+        self._rules = {}
 
     return property(read, write, doc=doc)
 
@@ -71,8 +72,8 @@ class GradientIntegrator:
         params: as ``torch.optim`` takes them: tensors, ``(name, tensor)`` pairs, or dicts with
             either as ``"params"``.
         param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so are all that follow:
-            ``integration``, ``gamma``, ``rescale``, ``process_group``, ``average_gradients`` and
-            ``reduce_dtype``, with the same errors.
+            ``integration``, ``gamma``, ``rescale``, ``check``, ``process_group``,
+            ``average_gradients`` and ``reduce_dtype``, with the same errors.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
@@ -95,6 +96,7 @@ class GradientIntegrator:
         integration: RuleChoice = "mmpareto",
         gamma: float | None = None,
         rescale: Rescale = "encoder",
+        check: bool = True,
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
         reduce_dtype: torch.dtype | None = None,
@@ -105,20 +107,23 @@ class GradientIntegrator:
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
             self._modalities = parameters_by_modality(param_groups_by_modality, self._held())
-        self._copies: dict[tuple[bool, str], Rule] = {}
+        self._check = check
+        self._rules: dict[tuple[bool, str], Rule] = {}
         self.forget()
+
+    __setattr__ = set_attribute
 
     def forget(self) -> None:
         """Forget the last steps: what has accumulated and what the losses have reached."""
         self.most_losses = 0
-        self.stats: dict[str, BlockStats] = {}
+        self.stats: dict[str, BlockStats] = StatsByBlock()
         self.has_integrated = False
         self._seen = Seen()
-        self._differentiation = Differentiation()
+        self._watch = Watch(self._check)
+        self._differentiation = Differentiation(self._check, self._watch)
         self._reach, self._reach_at_features = Reach(), Reach()
-        self._accumulated: GradAccumulator | None = None
-        self._warned = False
-        self._stood_still: dict[str, list[bool]] = {}
+        self._order: dict[str, int] = {}
+        self._windows: tuple[GradAccumulator, ...] = ()
 
     def backward(
         self,
@@ -147,42 +152,46 @@ class GradientIntegrator:
         params = self._trainable()
         processes = self._selection.of(params)
         with processes.failing_together():
-            modalities = self._checked(losses, features, by_hand, processes)
-            if self._accumulated is not None and not self._accumulated.goes_on():
-                self._accumulated = None  # somebody else's zero_grad() has ended it
-            accumulates = keep or self._accumulated is not None
+            losses, modalities = self._checked(losses, features, by_hand, processes)
+            earlier = next((window for window in self._windows if window.goes_on()), None)
             constants = partial(self._constants, params, modalities, features)
+            keeps = keep or earlier is not None
+            autocast = autocast_around(params)
             backward = Backward(
-                losses, params, processes, constants, retain_graph, accumulates, self._describe
+                losses, params, processes, constants, retain_graph, keeps, self._describe, autocast
             )
+            rules_before = self._rules if earlier is None else earlier.rules_before
+            rules = deepcopy(rules_before)
             seen, stats = Seen(params), dict[str, BlockStats]()
-            with grads_set_aside(params) as before:
+            with grads_set_aside(params) as before, switched(autocast, on=False):
                 if features is None:
                     rows, plain = self._differentiation.rows(backward), None
                 else:
-                    at = Integration(self._options, processes, self._copies, at_features=True)
+                    at = Integration(self._options, processes, rules, at_features=True)
                     rows, plain, stats = rows_through(
                         self._differentiation, backward, features, self._reach_at_features, at, seen
                     )
-            with torch.no_grad():
-                accumulated = GradAccumulator(params, rows, plain, before)
-                if self._accumulated is not None:
-                    accumulated.extend(self._accumulated, processes)
-                rows, plain = accumulated.rows, accumulated.plain
-                integration = Integration(self._options, processes, self._copies)
+            with torch.no_grad(), switched(autocast, on=False):
+                window = GradAccumulator(params, rows, plain, before, rules_before)
+                if earlier is not None:
+                    window.extend(earlier, processes)
+                rows, plain = self._in_order(window.rows), window.plain
+                integration = Integration(self._options, processes, rules)
                 reached = self._reach.of(rows, params, integration.largest, self._held)
                 seen.blocks = blocks_of(reached, params, modalities, rows)
                 everything = [*rows.values()] if plain is None else [*rows.values(), plain]
                 found = integration.integrate(seen.blocks, list(rows), everything, release=not keep)
+                stats = found.stats_beside(stats)
+                self._watch.note(losses, stats, found.factors)
                 gradients = {i: processes.spread(params[i], g) for i, g in found.gradients.items()}
-                accumulated.write(gradients, processes, keep=keep)
-        self._accumulated = accumulated if keep else None
-        of_features = {f"{n} (feature)" if n in found.stats else n: s for n, s in stats.items()}
-        self.stats, self._seen = of_features | found.stats, seen
+                # Whichever of the two wrote .grad goes on, wherever an interrupt comes.
+                self._windows = (window, *self._windows)
+                window.write(gradients, processes, keep=keep)
+        self._windows = (window,) if keep else ()
+        self._rules = rules
+        self.stats, self._seen = stats, seen
         self.has_integrated = True
         self.most_losses = max(self.most_losses, len(losses))
-        if not callable(self._options.integration):
-            self._watch(found.factors)
 
     def _checked(
         self,
@@ -190,17 +199,31 @@ class GradientIntegrator:
         features: Any,
         by_hand: Mapping[str, Any] | None,
         processes: Processes,
-    ) -> Modalities | None:
-        """Raise for arguments that are wrong; the blocks by hand."""
-        check_losses(losses)
+    ) -> tuple[Losses, Modalities | None]:
+        """Raise for arguments that are wrong; the losses and the blocks by hand."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "gradients made under torch.inference_mode() are of no use to an optimizer: call "
+                "step() and backward() outside of it"
+            )
+        losses = check_losses(losses)
+        if self._check and not self.has_integrated:
+            warn_of_one_scaled(losses)
         processes.check(self._options.stretches_tensors, features is not None)
         if features is not None:
             check_features(features)
         if by_hand is not None:
-            return parameters_by_modality(by_hand, self._held())
+            return losses, parameters_by_modality(by_hand, self._held())
         if self._modalities is not None:
             check_held(self._modalities, self._held())
-        return self._modalities
+        return losses, self._modalities
+
+    def _in_order(self, rows: Rows) -> Rows:
+        """The rows in the order in which their losses first came, which names the blocks."""
+        if not rows.keys() <= self._order.keys():
+            known = self._order if len(self._order) < MOST_NAMES else {}
+            self._order = {name: i for i, name in enumerate(dict.fromkeys([*known, *rows]))}
+        return dict(sorted(rows.items(), key=lambda item: self._order[item[0]]))
 
     def _constants(
         self, params: Sequence[Tensor], modalities: Modalities | None, features: Features | None
@@ -216,22 +239,16 @@ class GradientIntegrator:
             ("integration, gamma or rescale", rule),
             ("param_groups_by_modality", by_hand),
             ("features", None if features is None else tuple(features)),
-            ("reduce_dtype", self._selection.reduce_dtype),
+            ("reduce_dtype and check", (self._selection.reduce_dtype, self._check)),
         )
 
-    def _watch(self, factors: Mapping[str, Sequence[float]]) -> None:
-        """Warn once of a very small gradient, and of each block that mostly stands still."""
-        for name, numbers in factors.items():
-            if max(numbers) > LARGE_COEFFICIENT and not self._warned:
-                self._warned = warn_of_small_gradient(name, self.stats[name])
-            known = self._stood_still.setdefault(name, [])
-            if len(known) < STEPS_WATCHED:
-                known.append(not any(numbers))
-                if len(known) == STEPS_WATCHED and 2 * sum(known) > STEPS_WATCHED:
-                    warn_of_standing_block(name, sum(known), STEPS_WATCHED)
-
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("param_groups", "_options", "_selection", "_copies", "_modalities")
+        if any(window.goes_on() for window in self._windows):
+            warn(
+                "a copy of an optimizer in the middle of an accumulation starts anew: it adds to "
+                "its .grad, and does not integrate anew what led there"
+            )
+        kept = ("param_groups", "_options", "_selection", "_check", "_rules", "_modalities")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -259,7 +276,7 @@ class GradientIntegrator:
 
     def end_window(self) -> None:
         """What comes next starts anew, and is added to what is in ``.grad``."""
-        self._accumulated = None
+        self._windows = ()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and what has accumulated."""
@@ -274,8 +291,9 @@ class GradientIntegrator:
         return [param for group in self.param_groups for param in group["params"]]
 
     def _trainable(self) -> list[Tensor]:
-        # A parameter that is listed twice counts once.
-        return [param for param in dict.fromkeys(self._held()) if param.requires_grad]
+        # A parameter that is listed twice counts once, one of a lazy module once it is there.
+        held = dict.fromkeys(self._held())
+        return [param for param in held if param.requires_grad and not is_lazy(param)]
 
     def _describe(self, wanted: Tensor) -> str:
         return describe(wanted, self.param_groups)

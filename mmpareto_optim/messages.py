@@ -8,21 +8,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import OutOfMemoryError, Tensor
+from torch.nn.parameter import is_lazy
 
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.param_groups import describe
-from mmpareto_optim.stats import BlockStats
 
 PACKAGE = str(Path(__file__).parent)
 
 NAMES_SHOWN = 4
 """Parameters of a block that are listed by name in a table."""
-
-LARGE_COEFFICIENT = 1e4
-"""A coefficient that is warned of, if the gradient is less than ``SMALL_NORM`` of the longest."""
-
-SMALL_NORM = 1e-3
 
 
 def warn(message: str) -> None:
@@ -110,19 +105,19 @@ class Seen:
 def block_table(seen: Seen, groups: Sequence[Mapping[str, Any]]) -> Blocks:
     """The blocks of a backward, by the names that the groups have for parameters."""
     found = []
+    held = dict.fromkeys(param for group in groups for param in group["params"])
     for block in seen.feature_blocks:
-        members = [param for param in seen.params if param in seen.behind[block.name]]
+        members = [param for param in held if param in seen.behind[block.name]]
         found.append(_info(block, members, groups))
     for block in seen.blocks:
-        members = [seen.params[position] for position in block.positions]
+        members = [p for i in block.positions if (p := seen.params[i]) in held]
         found.append(_info(block, members, groups))
-    held = dict.fromkeys(param for group in groups for param in group["params"])
     known = {seen.params[position] for block in seen.blocks for position in block.positions}
     known.update(*seen.behind.values())
     rest = [param for param in held if param not in known]
     for name, trainable in (("(no loss)", True), ("(frozen)", False)):
         members = [param for param in rest if param.requires_grad is trainable]
-        if found and members:
+        if seen.params and members:
             found.append(_info(Block(name, (), ()), members, groups))
     return Blocks(found)
 
@@ -131,30 +126,16 @@ def _info(
     block: Block, members: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]
 ) -> BlockInfo:
     short = [describe(param, groups).removeprefix("parameter ").strip("'") for param in members]
-    numbers = sum(param.numel() for param in members)
+    numbers = sum(param.numel() for param in members if not is_lazy(param))
     return BlockInfo(
         block.name, block.objectives, tuple(short), numbers, block.integrated, block.joined
     )
 
 
-def warn_of_unheld(leaves: Mapping[Tensor, str]) -> None:
-    """One warning of parameters that losses reach and nobody holds: leaves, each with a loss."""
-    unheld = [leaf for leaf in leaves if isinstance(leaf, nn.Parameter)]
-    if not unheld:
-        return
-    unheld.sort(key=lambda param: (-param.numel(), tuple(param.shape)))
-    shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
-    more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
-    warn(
-        f"the losses reach trainable parameters that no optimizer here holds, of shape {shapes}"
-        f"{more} (the first by loss {leaves[unheld[0]]!r}): they get no gradient. Give all "
-        "optimizers, as in MMParetoOptimizer([muon, adamw]), use "
-        "GradientIntegrator(model.parameters()), or freeze them with requires_grad_(False)"
-    )
-
-
 def warn_of_nothing_to_integrate(losses: int) -> None:
     """One hint to a user who wrapped an optimizer and gave it no losses, or only one."""
+    if losses > 1:
+        return
     one = (
         "only ever given one loss, so there is nothing to integrate: if the loss is a sum, give "
         'its terms, as in {"mm": loss, "audio": audio_loss}'
@@ -164,6 +145,20 @@ def warn_of_nothing_to_integrate(losses: int) -> None:
         "backward({...}) and step()"
     )
     warn(f"this MMParetoOptimizer has stepped 10 times and was {one if losses else none}")
+
+
+def warn_of_hooks_in_backward(groups: Sequence[Mapping[str, Any]]) -> None:
+    """A warning of hooks on parameters that never run, as those of an optimizer in backward."""
+    params = [param for group in groups for param in group["params"]]
+    hooked = [p for p in params if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        more = f" and {len(hooked) - 1} more" if len(hooked) > 1 else ""
+        warn(
+            f"{describe(hooked[0], groups)}{more} has a post-accumulate-grad hook, which only "
+            "Tensor.backward() runs: what steps in such hooks (LOMO, GaLore's layerwise "
+            "optimizers, optimizer-in-backward) does nothing here. Give an optimizer that steps "
+            "when its step() is called"
+        )
 
 
 def warn_of_line_search(base: str) -> None:
@@ -176,41 +171,19 @@ def warn_of_line_search(base: str) -> None:
     )
 
 
-def warn_of_standing_block(name: str, zeros: int, steps: int) -> None:
-    """A warning of a block whose result was zero in most steps."""
-    warn(
-        f"block {name!r} has stood still in {zeros} of {steps} steps: no direction is common to "
-        "its losses' gradients there, as in a block of few numbers or near a Pareto-stationary "
-        'point. Join it to others by param_groups_by_modality, or use integration="uniform" or '
-        '"upgrad"'
-    )
-
-
-def warn_of_small_gradient(block: str, stats: BlockStats) -> bool:
-    """A warning of a loss that a rule multiplies by a large number; whether there is one.
-
-    Nearly opposite gradients of like lengths are multiplied as much, and not meant.
-    """
-    norms, place = stats.norms, int(stats.coefficients.argmax())
-    if norms[place] > SMALL_NORM * norms.max():
-        return False
-    stretch = 1.0 if stats.stretch is None else float(stats.stretch.max())
-    warn(
-        f"block {block!r}: the gradient of loss {stats.objectives[place]!r} is so small that it is "
-        f"multiplied by {float(stats.coefficients[place]) * stretch:.1e}, as a common direction "
-        "has to lower that loss too. A term that is no task (an entropy bonus, a penalty) is "
-        'better added to another loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that '
-        "is nearly solved needs no more say, and a larger weight gives it less"
-    )
-    return True
-
-
-def raise_explained(error: RuntimeError, what: str) -> NoReturn:
-    """Raise an error of autograd again; named, and with the mend, if that is known."""
+def raise_explained(error: Exception, what: str) -> NoReturn:
+    """Raise an error of a pass again; named, and with the mend, if that is known."""
     mend = next((mend for sign, mend in MENDS.items() if sign in str(error)), None)
-    if mend is None:
-        raise error
-    raise RuntimeError(f"{what}{mend}") from error
+    if mend is not None and isinstance(error, RuntimeError):
+        raise RuntimeError(f"{what}{mend}") from error
+    add_note: Any = getattr(error, "add_note", None)  # since Python 3.11
+    if add_note is not None and not isinstance(error, OutOfMemoryError):
+        add_note(
+            f"This came from the backward pass of {what}. Each loss takes a pass of its own "
+            "through the graph: where a function or a hook is at fault that bears one only, use "
+            "the plain version of it, or features= to pass through the encoders once."
+        )
+    raise error
 
 
 MENDS = {
@@ -219,7 +192,16 @@ MENDS = {
         "backward(losses) differentiate by themselves: remove a backward of yours, and make a "
         "forward pass for each call. Where two wrappers step on one graph, give both "
         "optimizers to one, as in MMParetoOptimizer([first, second]). Only where two gradients "
-        "are to add up, pass retain_graph=True to the first backward"
+        "are to add up, pass retain_graph=True to the first backward. A hidden state that is "
+        "carried over from the last batch has to be detached: hidden = hidden.detach()"
+    ),
+    "extra time": (
+        " goes through an activation checkpoint that gives up what it kept in the first pass, and "
+        "each loss takes one: use torch.utils.checkpoint without context_fn"
+    ),
+    "not compatible with .grad()": (
+        " goes through an activation checkpoint of another library, whose parameters cannot be "
+        "differentiated one loss at a time: use torch.utils.checkpoint with use_reentrant=False"
     ),
     "use_reentrant=True": (
         " goes through torch.utils.checkpoint with use_reentrant=True, whose parameters cannot "

@@ -1,6 +1,7 @@
 """The optimizer wrapper: losses in, integrated gradients in ``.grad``, a step of the base."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,17 +9,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmpareto_optim.base_optimizer import (
-    check_differentiated,
     check_step,
     forwarded_hook,
     forwarded_property,
+    integrating,
     needs_closure,
     raise_if_second_order,
 )
 from mmpareto_optim.integrator import GradientIntegrator
-from mmpareto_optim.messages import Blocks, warn_of_line_search, warn_of_nothing_to_integrate
+from mmpareto_optim.messages import (
+    Blocks,
+    warn_of_hooks_in_backward,
+    warn_of_line_search,
+    warn_of_nothing_to_integrate,
+)
 from mmpareto_optim.optimizer_list import as_one
-from mmpareto_optim.options import Rescale, RuleChoice
+from mmpareto_optim.options import (
+    Rescale,
+    RuleChoice,
+    no_attribute,
+    set_attribute,
+)
 from mmpareto_optim.stats import BlockStats
 from mmpareto_optim.types import Losses
 
@@ -37,13 +48,14 @@ class MMParetoOptimizer(Optimizer):
         opt.zero_grad()
         opt.step(losses={"mm": loss, "audio": audio_loss, "visual": visual_loss})
 
+    ``optimizer`` is the base; of several one that steps each, with ``optimizers``.
     ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's own, and
     attributes that this class lacks (a third-party optimizer's ``train()``, say) are looked
     up on the base. ``integration``, ``gamma`` and ``rescale`` may be changed later.
 
     Args:
-        optimizer: the base, any ``torch.optim.Optimizer``; or a list of several that share a
-            graph, such as Muon for the matrices and AdamW for the rest.
+        optimizer: the base, any ``torch.optim.Optimizer``; or a list or a dict of several that
+            share a graph, such as Muon for the matrices and AdamW for the rest.
         param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
             modality's name to a module or several, parameters or ``(name, parameter)`` pairs.
             Each is integrated over the losses that reach it; what they leave out is added.
@@ -59,6 +71,11 @@ class MMParetoOptimizer(Optimizer):
         rescale: how ``"mmpareto"`` restores the length of a conflicting block's gradient:
             ``"encoder"``, the block as a whole, as in the paper; or ``"tensor"``, each parameter
             tensor by its own ratio, as in the authors' code, which need not lower all losses.
+        check: whether the first backward takes one pass more, for the gradient of the plain sum,
+            and warns where those of the single losses do not add up to it, as some functions and
+            hooks cannot run once a loss; also of a loss that is the sum of the others, or that a
+            ``GradScaler`` alone scaled, and of losses that never meet. Hooks and ``retain_grad()``
+            see that pass, too. Sharded parameters are not checked.
         process_group: the processes that train one model, each on its share of the batch; None
             for all of ``torch.distributed``, once it is initialised. Each loss's gradient is
             averaged over them before it is integrated, with ``DistributedDataParallel`` or
@@ -70,9 +87,6 @@ class MMParetoOptimizer(Optimizer):
             ``torch.bfloat16``, which halves what goes over the network and rounds each gradient to
             8 bits before and after the sum, ``float16``, ``float32`` or ``float64``.
 
-    Attributes:
-        optimizer: the base optimizer; of several one that steps each, with ``optimizers``.
-
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or is wrapped already; what
             ``param_groups_by_modality`` may not be.
@@ -81,14 +95,17 @@ class MMParetoOptimizer(Optimizer):
             that this process is not in; that or ``reduce_dtype`` without ``average_gradients``.
     """
 
+    __setattr__ = set_attribute
+
     def __init__(
         self,
-        optimizer: Optimizer | Sequence[Optimizer],
+        optimizer: Optimizer | Iterable[Optimizer] | Mapping[str, Optimizer],
         param_groups_by_modality: Mapping[str, Any] | None = None,
         *,
         integration: RuleChoice = "mmpareto",
         gamma: float | None = None,
         rescale: Rescale = "encoder",
+        check: bool = True,
         process_group: "ProcessGroup | None" = None,
         average_gradients: bool = True,
         reduce_dtype: torch.dtype | None = None,
@@ -102,6 +119,7 @@ class MMParetoOptimizer(Optimizer):
             integration=integration,
             gamma=gamma,
             rescale=rescale,
+            check=check,
             process_group=process_group,
             average_gradients=average_gradients,
             reduce_dtype=reduce_dtype,
@@ -118,17 +136,15 @@ class MMParetoOptimizer(Optimizer):
         features: Mapping[str, Tensor] | None = None,
         param_groups_by_modality: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Integrate the losses' gradients, if losses are given, and step the base.
-
-        With ``losses`` it is :meth:`backward` and the base's step, with the same gradients.
+        """Integrate the losses' gradients, as :meth:`backward` does, and step the base.
 
         Args:
             closure: re-evaluates the model: clears the gradients and returns the mapping
                 of losses, which is integrated before the base goes on. A closure that
                 returns anything else has done its own ``backward``, as in plain PyTorch.
-            losses: as for :meth:`backward`, and so are the others.
-            features: with ``losses`` only.
-            param_groups_by_modality: overrides that of the constructor.
+            losses: as for :meth:`backward`, and so are the others; ``features`` with losses only.
+            features: see there.
+            param_groups_by_modality: see there.
 
         Returns:
             What the base's step returns; with a closure the sum of its losses.
@@ -137,9 +153,8 @@ class MMParetoOptimizer(Optimizer):
             TypeError: arguments that do not go together, or no closure for a base that needs one.
             RuntimeError: a base that differentiates gradients once more; as :meth:`backward`.
         """
-        step = self._stepped
-        if torch.compiler.is_compiling():  # the graph is broken around the integration
-            step = torch.compiler.disable(step)
+        is_compiling = torch.compiler.is_compiling()  # the graph is broken around the integration
+        step = torch.compiler.disable(self._stepped) if is_compiling else self._stepped
         return step(closure, losses, features, param_groups_by_modality)
 
     def _stepped(
@@ -151,17 +166,24 @@ class MMParetoOptimizer(Optimizer):
     ) -> Any:
         if losses is None or closure is not None or self._needs_closure:
             check_step(self.optimizer, closure, losses, features, by_hand)
+        self._steps += 1
+        if self._steps == 10:
+            most = max(self._integrator.most_losses, 0 if losses is None else len(losses))
+            warn_of_nothing_to_integrate(most)
         if losses is not None:
             self._current().integrate(losses, features, by_hand, keep=False)
         try:
-            integrating = () if closure is None else (self._integrating(closure, by_hand),)
-            result = self.optimizer.step(*integrating)
+            if closure is None:
+                result = self.optimizer.step()
+            else:
+                backward = partial(self.backward, param_groups_by_modality=by_hand)
+                mean, groups = self._integrator.mean, self.optimizer.param_groups
+                result = self.optimizer.step(integrating(closure, backward, mean, groups))
         except RuntimeError as error:
             if self._integrator.has_integrated:
                 raise_if_second_order(self.optimizer, error)
             raise
         self._integrator.end_window()
-        self._count_steps()
         return result
 
     def backward(
@@ -209,10 +231,9 @@ class MMParetoOptimizer(Optimizer):
 
         After an exception parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        owner: Any = self.optimizer
-        if not isinstance(owner, MMParetoOptimizer):
-            owner = self._current()
-        # Otherwise Lightning's: it inherits these methods and holds the optimizer itself.
+        # An optimizer of Lightning's inherits these methods, and holds the one that is meant.
+        is_own = not isinstance(self.optimizer, MMParetoOptimizer)
+        owner: Any = self._current() if is_own else self.optimizer
         by_hand = param_groups_by_modality
         options = {"features": features, "param_groups_by_modality": by_hand}
         owner.backward(losses, **options, retain_graph=retain_graph)
@@ -228,10 +249,7 @@ class MMParetoOptimizer(Optimizer):
 
     @property
     def stats(self) -> dict[str, BlockStats]:
-        """For each block of two losses or more what the last integration saw, by its name.
-
-        That is the modality, or the names of the losses that reach it joined by ``+``.
-        """
+        """What the last integration saw of each block of two losses or more, by its name."""
         return self._integrator.stats
 
     @property
@@ -262,8 +280,9 @@ class MMParetoOptimizer(Optimizer):
     def __getattr__(self, name: str) -> Any:
         # Private names stay the base's own: GradScaler, say, asks for one that is a promise
         # about the object it is handed.
-        if name.startswith("_") or name == "optimizer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        is_private = name.startswith("_") or name == "optimizer"
+        if is_private or not hasattr(self.optimizer, name):
+            raise no_attribute(self, name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -276,24 +295,6 @@ class MMParetoOptimizer(Optimizer):
     def _current(self) -> GradientIntegrator:
         # The base's list may be another by now, as after load_state_dict().
         self._integrator.param_groups = self.optimizer.param_groups
+        if not self._integrator.has_integrated:
+            warn_of_hooks_in_backward(self.optimizer.param_groups)
         return self._integrator
-
-    def _count_steps(self) -> None:
-        """Warn once of ten steps in which there was nothing to integrate."""
-        self._steps += 1
-        if self._steps == 10 and self._integrator.most_losses < 2:
-            warn_of_nothing_to_integrate(self._integrator.most_losses)
-
-    def _integrating(
-        self, closure: Callable[[], Any], by_hand: Mapping[str, Any] | None
-    ) -> Callable[[], Any]:
-        def evaluate() -> Any:
-            losses = closure()
-            if not isinstance(losses, Mapping):
-                check_differentiated(losses, self.param_groups)
-                return losses
-            self.backward(losses, param_groups_by_modality=by_hand)
-            # What a line search decides by must be the same on all ranks.
-            return self._integrator.mean(sum(loss.detach() for loss in losses.values()))
-
-        return evaluate

@@ -1,9 +1,9 @@
 """Several optimizers as one, for a graph that they share: Muon and AdamW, encoders and heads."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,12 +14,21 @@ from mmpareto_optim.base_optimizer import needs_closure
 
 def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
     """The optimizer itself, or one that steps several; raises for anything else."""
-    bases = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
+    several: Any = optimizers.values() if isinstance(optimizers, Mapping) else optimizers
+    is_one = isinstance(several, Optimizer) or not isinstance(several, Iterable)
+    bases = [several] if is_one else list(several)
     for base in bases:
         if not isinstance(base, Optimizer):
+            mend = "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+            if callable(getattr(base, "step", None)) and not isinstance(base, type):
+                mend = "put it around the wrapper, as in Other(MMParetoOptimizer(base))"
             raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: "
-                "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
+                f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: {mend}"
+            )
+        if hasattr(type(base), "grad_samples"):
+            raise TypeError(
+                f"{type(base).__name__} (Opacus) takes a gradient for each example, which "
+                "autograd.grad does not make: losses cannot be integrated under it"
             )
         if isinstance(base, not_a):
             raise TypeError(
@@ -55,8 +64,8 @@ class OptimizerList(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The very dicts of all optimizers."""
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        """The very dicts of all optimizers, in a list that takes no more."""
+        return _Groups(group for each in self.optimizers for group in each.param_groups)
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -66,10 +75,8 @@ class OptimizerList(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """By parameter, what the optimizer that holds it keeps: the very dicts, in a new one."""
-        return defaultdict(
-            dict, chain.from_iterable(each.state.items() for each in self.optimizers)
-        )
+        """By parameter, what the optimizer that holds it keeps: a view."""
+        return _States(self.optimizers)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each optimizer; a closure is evaluated once, before the first."""
@@ -125,6 +132,55 @@ class OptimizerList(Optimizer):
             groups, held = optimizer.param_groups, set(_params_of(optimizer))
             kept = {param: value for param, value in state["state"].items() if param in held}
             optimizer.__setstate__({"state": defaultdict(dict, kept), "param_groups": groups})
+
+
+class _Groups(list[dict[str, Any]]):
+    """Groups of several optimizers."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise ValueError(
+            "the groups of several optimizers: add or remove them at the one that is meant"
+        )
+
+    append = extend = insert = pop = remove = clear = _refuse
+    __setitem__ = __delitem__ = __iadd__ = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The state of several optimizers."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    def __getitem__(self, param: Tensor) -> Any:
+        return self._of(param)[param]
+
+    def __setitem__(self, param: Tensor, value: Any) -> None:
+        self._of(param)[param] = value
+
+    def __delitem__(self, param: Tensor) -> None:
+        del self._of(param)[param]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return chain.from_iterable(each.state for each in self._optimizers)
+
+    def __contains__(self, param: object) -> bool:
+        return any(param in each.state for each in self._optimizers)
+
+    def __len__(self) -> int:
+        return sum(len(each.state) for each in self._optimizers)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def _of(self, param: Tensor) -> Any:
+        for each in self._optimizers:
+            if param in each.state or any(param is held for held in _params_of(each)):
+                return each.state
+        raise KeyError(param)
 
 
 def _params_of(optimizer: Optimizer) -> list[Tensor]:

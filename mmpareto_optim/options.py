@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,6 +14,9 @@ RuleChoice = str | Rule
 """The name of a rule, or a function from a Gram matrix ``(m, m)`` to coefficients ``(m,)``."""
 
 Rescale = Literal["encoder", "tensor"]
+
+MOST_NAMES = 1000
+"""Names of losses that are remembered: there may be new ones in each step."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,49 @@ class Options:
         return f"integration={self.rule_name!r}{gamma}{rescale}"
 
 
-def check_losses(losses: Any) -> None:
-    """Raise unless ``losses`` maps names to scalars that have a graph."""
-    if not isinstance(losses, Mapping):
+def set_attribute(owner: Any, name: str, value: Any) -> None:
+    """As usual, but for a public name that there is not: a misspelt setting would do nothing."""
+    kind = type(owner)
+    known = name.startswith("_") or hasattr(kind, name) or name in owner.__dict__
+    if not known and kind.__module__.startswith("mmpareto_optim.") and name not in PUBLIC:
+        base = getattr(owner, "optimizer", None)
+        if base is None or not hasattr(base, name):
+            raise no_attribute(owner, name)
+        owner = base
+    object.__setattr__(owner, name, value)
+
+
+PUBLIC = ("optimizer", "param_groups", "most_losses", "stats", "has_integrated")
+"""Attributes that instances of this package's optimizers begin with."""
+
+
+def no_attribute(owner: Any, name: str) -> AttributeError:
+    """An error of an attribute that neither an optimizer nor its base has."""
+    base, whose = owner.__dict__.get("optimizer"), f"{type(owner).__name__} has"
+    if base is not None and not hasattr(base, name):
+        whose = f"{type(owner).__name__} and its base {type(base).__name__} have"
+    near = get_close_matches(name, [each for each in dir(type(owner)) if each[0] != "_"], 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return AttributeError(f"{whose} no attribute {name!r}{hint}")
+
+
+def is_mapping(value: Any) -> bool:
+    """Whether something is one, registered as such (a ``dict``) or not (a ``TensorDict``)."""
+    has_both = hasattr(value, "keys") and hasattr(value, "__getitem__")
+    return isinstance(value, Mapping) or (has_both and not isinstance(value, Tensor))
+
+
+def check_losses(losses: Any) -> dict[str, Tensor]:
+    """The losses as a dict; raises unless they map names to scalars that have a graph."""
+    if not is_mapping(losses):
         raise TypeError(
             "losses must be a mapping from a name to a scalar tensor, such as "
             f'{{"mm": loss, "audio": audio_loss}}, got {type(losses).__name__}'
         )
-    if not losses:
+    found: dict[str, Tensor] = {name: losses[name] for name in losses.keys()}  # noqa: SIM118
+    if not found:
         raise ValueError("losses is empty: give at least one loss")
-    for name, loss in losses.items():
+    for name, loss in found.items():
         if loss is None:
             raise TypeError(f"loss {name!r} is None: leave it out of losses in this step")
         if not isinstance(loss, Tensor):
@@ -85,11 +122,17 @@ def check_losses(losses: Any) -> None:
                 f"loss {name!r} must be a scalar, got shape {tuple(loss.shape)}: "
                 "reduce it with .mean() or .sum()"
             )
+        if loss.is_complex():
+            raise ValueError(
+                f"loss {name!r} is complex, and has no direction in which it falls: take its "
+                ".abs() or its .real"
+            )
         if not loss.requires_grad:
             raise ValueError(
                 f"loss {name!r} has no graph, so it has no gradient: compute it from the model's "
                 "output outside torch.no_grad() and without .detach(), or leave it out of losses"
             )
+    return found
 
 
 def check_features(features: Any) -> None:

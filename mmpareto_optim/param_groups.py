@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 Modalities = dict[str, dict[Tensor, str]]
@@ -16,6 +17,11 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
         raise TypeError(
             f"params must be parameters, got the module {type(params).__name__}: give its "
             ".parameters() or .named_parameters()"
+        )
+    if isinstance(params, Optimizer):
+        raise TypeError(
+            f"params must be parameters, got the optimizer {type(params).__name__}: give its "
+            ".param_groups, or wrap it, as in MMParetoOptimizer(optimizer)"
         )
     items = list(params)
     if not items:
@@ -47,7 +53,7 @@ def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
             if param is wanted and "param_names" in group:
                 return f"parameter {group['param_names'][index]!r}"
             if param is wanted:
-                return f"param_groups[{number}]['params'][{index}] of shape {tuple(wanted.shape)}"
+                return f"param_groups[{number}]['params'][{index}] of shape {_shape(wanted)}"
     raise KeyError(wanted)
 
 
@@ -118,8 +124,12 @@ def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
             )
     if not pairs:
         raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
-    return {param: f"{name!r} of shape {tuple(param.shape)}" for name, param in pairs}
+    return {param: f"{name!r} of shape {_shape(param)}" for name, param in pairs}
 
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+
+
+def _shape(param: Tensor) -> object:
+    return "not known yet" if is_lazy(param) else tuple(param.shape)

@@ -1,12 +1,21 @@
 """What an integration saw, on the device until somebody looks."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from mmpareto_optim.rules.evaluation import applied_gamma
 from mmpareto_optim.rules.mmpareto import min_norm_weights
+
+
+class StatsByBlock(dict[str, "BlockStats"]):
+    """By the name of a block what the last integration saw of it."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        there = ", ".join(map(repr, self)) or "none, as no losses have met"
+        raise KeyError(f"no block {name!r}; the blocks of the last integration: {there}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -141,7 +141,7 @@ def as_several(nccl: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     """One process goes through the collectives of several: that is all one device can show."""
     # internal: how processes that average are made, and where they are chosen.
     from mmpareto_optim.distributed.data_parallel import DataParallel
-    from mmpareto_optim.distributed.select import ProcessSelection
+    from mmpareto_optim.distributed.single import ProcessSelection
 
     def choose(reduce_dtype: torch.dtype | None = None) -> None:
         world = torch.distributed.group.WORLD

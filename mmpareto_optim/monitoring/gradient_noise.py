@@ -1,18 +1,19 @@
 """How long the losses' gradients are, and how much they vary from batch to batch."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mmpareto_optim.autograd import gradients_of, grads_set_aside
+from mmpareto_optim.accumulation import add_what_functions_wrote, grads_set_aside
+from mmpareto_optim.autograd import by_autograd, check_dense
 from mmpareto_optim.monitoring.preserve import preserved_state, trainable_parameters
 from mmpareto_optim.options import check_losses
 from mmpareto_optim.rules.evaluation import solver_dtype
-from mmpareto_optim.types import Gradient
+from mmpareto_optim.types import Describe, Gradient, Losses
 
 Batch = TypeVar("Batch")
 
@@ -84,13 +85,12 @@ def gradient_noise(
     rows: dict[str, list[Tensor]] = {}
     with preserved_state(model), torch.enable_grad():
         for number, batch in enumerate(batches):
-            losses = loss_fn(batch)
-            check_losses(losses)
+            losses = check_losses(loss_fn(batch))
             rows = rows or {name: [] for name in losses}
             if losses.keys() != rows.keys():
                 raise ValueError(f"batch {number} has losses {list(losses)}, others {list(rows)}")
             with grads_set_aside(chosen):
-                gradients = gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}")
+                gradients = _gradients_of(losses, chosen, lambda p: f"parameter {names[p]!r}")
             for name, gradient in gradients.items():
                 rows[name].append(_flat(gradient, chosen))
                 if not rows[name][-1].isfinite().all():
@@ -112,6 +112,22 @@ def _flat(gradient: Gradient, params: list[Tensor]) -> Tensor:
     ]
     real = [torch.view_as_real(part) if part.is_complex() else part for part in parts]
     return torch.cat([part.flatten().to(params[0].device) for part in real])
+
+
+def _gradients_of(
+    losses: Losses, params: Sequence[Tensor], describe: Describe
+) -> dict[str, Gradient]:
+    """For each loss its gradient at the parameters, on this process; frees the graph.
+
+    These tensors may share memory with others that autograd handed out: they are to be read.
+    """
+    found = {}
+    for name in reversed(list(losses)):
+        retain = name != next(iter(losses))
+        found[name] = by_autograd([losses[name]], params, retain_graph=retain)
+        add_what_functions_wrote(found[name], params)
+        check_dense(f"loss {name!r}", found[name], params, describe)
+    return {name: found[name] for name in losses}
 
 
 @torch.no_grad()

@@ -397,7 +397,7 @@ def check_out_of_memory() -> None:
     """No rank's gradients meet another step's of the others."""
     # internal: of one process a group of several, so that nobody waits for what never comes.
     from mmpareto_optim.distributed.data_parallel import DataParallel
-    from mmpareto_optim.distributed.select import ProcessSelection
+    from mmpareto_optim.distributed.single import ProcessSelection
 
     group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     param = nn.Parameter(torch.zeros(4))
