@@ -21,7 +21,7 @@ def as_one(optimizers: Any, *, not_a: type[Optimizer]) -> Optimizer:
         if not isinstance(base, Optimizer):
             mend = "build the base first, as in MMParetoOptimizer(torch.optim.SGD(...))"
             if callable(getattr(base, "step", None)) and not isinstance(base, type):
-                mend = "put it around the wrapper, as in Other(MMParetoOptimizer(base))"
+                mend = f"put it around, as in {type(base).__name__}(MMParetoOptimizer(base))"
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(base).__name__}: {mend}"
             )

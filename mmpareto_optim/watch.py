@@ -18,7 +18,7 @@ LARGE_COEFFICIENT = 1e4
 SMALL_NORM = 1e-3
 
 STEPS_WATCHED = 100
-"""Steps of a block after which one that mostly stood still is warned of."""
+"""First steps of a block, after which one that mostly stood still is warned of."""
 
 
 class Watch:
@@ -93,18 +93,22 @@ class Watch:
     def _note_factors(
         self, factors: Mapping[str, Sequence[float]], stats: Mapping[str, BlockStats]
     ) -> None:
-        """Warn once of a very small gradient, and of each block that mostly stands still."""
-        if len(self._stood_still) > 1000:  # names of losses may be new in each step
+        """Warn once of a very small gradient, and of each block that mostly stands still.
+
+        In its first steps: later a small gradient is that of a task which is nearly solved.
+        """
+        if len(self._stood_still) > MOST_NAMES:
             self._stood_still = {}
         for name, numbers in factors.items():
+            steps, zeros = self._stood_still.get(name, (0, 0))
+            if steps == STEPS_WATCHED:
+                continue
+            steps, zeros = steps + 1, zeros + (not any(numbers))
+            self._stood_still[name] = steps, zeros
             if max(numbers) > LARGE_COEFFICIENT and not self._warned_of_small:
                 self._warned_of_small = warn_of_small_gradient(name, stats[name])
-            steps, zeros = self._stood_still.get(name, (0, 0))
-            if steps < STEPS_WATCHED:
-                steps, zeros = steps + 1, zeros + (not any(numbers))
-                self._stood_still[name] = steps, zeros
-                if steps == STEPS_WATCHED and 2 * zeros > steps:
-                    warn_of_standing_block(name, zeros, steps)
+            if steps == STEPS_WATCHED and 2 * zeros > steps:
+                warn_of_standing_block(name, zeros, steps)
 
 
 def _has_lost(now: Layout, before: Layout | None) -> bool:
@@ -135,8 +139,8 @@ def warn_of_small_gradient(block: str, stats: BlockStats) -> bool:
     warn(
         f"block {block!r}: the gradient of loss {stats.objectives[place]!r} is so small that it is "
         f"multiplied by {float(stats.coefficients[place]) * stretch:.1e}, as a common direction "
-        "has to lower that loss too. A term that is no task (an entropy bonus, a penalty) is "
-        'better added to another loss, as in {"policy": policy_loss - 0.01 * entropy}; a task that '
-        "is nearly solved needs no more say, and a larger weight gives it less"
+        "has to lower that loss too. A term that is no task of its own (a penalty, a bonus) is "
+        "better added to the loss that it belongs to, and a task that is to have less say gets a "
+        "larger weight"
     )
     return True
