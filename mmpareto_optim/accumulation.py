@@ -1,8 +1,8 @@
-"""What has accumulated since the last ``zero_grad``: a row for each loss, and ``.grad``."""
+"""What has accumulated since ``zero_grad``, and what a backward sets aside: .grad, autocast."""
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +15,10 @@ from mmpareto_optim.types import Gradient
 
 if TYPE_CHECKING:
     from mmpareto_optim.distributed.single import Processes
+
+
+Autocast = dict[str, torch.dtype]
+"""By type of device the dtype of an autocast region."""
 
 
 class _Written(NamedTuple):
@@ -225,3 +229,18 @@ def add_what_functions_wrote(gradient: Gradient, params: Sequence[Tensor]) -> bo
         known, params[position].grad = gradient[position], None
         gradient[position] = by_function if known is None else known + by_function
     return bool(written)
+
+
+def autocast_around(tensors: Iterable[Tensor]) -> Autocast:
+    """The autocast regions that this is called in, for the devices of some tensors."""
+    kinds = {tensor.device.type for tensor in tensors} - {"meta"}
+    return {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
+
+
+@contextmanager
+def switched(autocast: Autocast, *, on: bool) -> Iterator[None]:
+    """Autocast regions are entered, or left, meanwhile."""
+    with ExitStack() as stack:
+        for kind, dtype in autocast.items():
+            stack.enter_context(torch.autocast(kind, dtype, enabled=on))
+        yield

@@ -1,14 +1,13 @@
 """One loss -> its gradients -> a row; errors of autograd with the mend."""
 
-from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmpareto_optim.accumulation import add_what_functions_wrote
+from mmpareto_optim.accumulation import Autocast, add_what_functions_wrote, switched
 from mmpareto_optim.check import SumCheck
 from mmpareto_optim.graph import leaves_beside
 from mmpareto_optim.messages import raise_explained
@@ -21,24 +20,6 @@ if TYPE_CHECKING:
 
 Rows = dict[str, Row]
 """By the name of the loss."""
-
-Autocast = dict[str, torch.dtype]
-"""By type of device the dtype of an autocast region."""
-
-
-def autocast_around(tensors: Iterable[Tensor]) -> Autocast:
-    """The autocast regions that this is called in, for the devices of some tensors."""
-    kinds = {tensor.device.type for tensor in tensors} - {"meta"}
-    return {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
-
-
-@contextmanager
-def switched(autocast: Autocast, *, on: bool) -> Iterator[None]:
-    """Autocast regions are entered, or left, meanwhile."""
-    with ExitStack() as stack:
-        for kind, dtype in autocast.items():
-            stack.enter_context(torch.autocast(kind, dtype, enabled=on))
-        yield
 
 
 class Backward(NamedTuple):
@@ -70,7 +51,8 @@ class Differentiation:
 
     def __init__(self, check: bool, watch: Watch) -> None:
         self.watch = watch
-        self._is_to_check = check
+        self._checks_left = 10 if check else 0
+        self._checked: set[str] = set()
         self._functions_call_backward = False
         self._may_stay: dict[int, bool] = {}
 
@@ -108,26 +90,39 @@ class Differentiation:
         """
         processes, losses = backward.processes, backward.losses
         names = processes.losses_of_all(losses, backward.constants)
-        check = None
-        can_compare = not (is_capturing() or any(target.is_meta for target in targets))
-        if self._is_to_check and len(losses) > 1 and can_compare and processes.shares is None:
-            check = SumCheck(forms_of([processes.local(target) for target in targets]))
+        check = self._check_of(backward, targets)
         for name in reversed(names):
-            retain = backward.retain_graph or name != names[0] or check is not None
             gradient: Gradient = [None] * len(targets)
             if name in losses:  # otherwise another process has it
-                gradient = self._gradient_of(backward, [name], targets, others, retain)
+                differentiate = partial(self._gradient_of, backward, [name], targets, others)
+                try:
+                    retain = backward.retain_graph or name != names[0] or check is not None
+                    gradient = differentiate(retain)
+                except RuntimeError:
+                    if check is None or name != names[0]:
+                        raise
+                    # There are regions that cannot be passed if the graph is to be kept.
+                    check, gradient = None, differentiate(backward.retain_graph)
             if check is not None:
                 check.add(gradient)
             yield name, gradient, name == names[0]
             del gradient
         if check is not None:
-            whole = partial(
-                self._gradient_of, backward, list(losses), targets, others, backward.retain_graph
+            whole = partial(self._gradient_of, backward, list(losses), targets, others)
+            is_done = check.compare(
+                partial(whole, backward.retain_graph), targets, backward.describe
             )
-            # Again where they are not finite, as while a GradScaler looks for its scale.
-            is_done = check.compare(whole, targets, backward.describe)
-            self._is_to_check = not (is_done or processes.ranks)
+            self._checked |= set(losses) if is_done else set()
+
+    def _check_of(self, backward: Backward, targets: Sequence[Tensor]) -> SumCheck | None:
+        """What compares gradients of losses for the first time, as often as it takes."""
+        is_known = len(backward.losses) < 2 or backward.losses.keys() <= self._checked
+        if is_known or not self._checks_left or backward.processes.shares is not None:
+            return None
+        if is_capturing() or any(target.is_meta for target in targets):
+            return None
+        self._checks_left -= 1
+        return SumCheck(forms_of([backward.processes.local(target) for target in targets]))
 
     def _gradient_of(
         self,

@@ -95,16 +95,16 @@ def integrating(
     return evaluate
 
 
-Versions = list[tuple[int, int] | None]
+Grads = list[tuple[Tensor | None, int]]
 
 
-def _versions_of_grads(groups: Iterable[Mapping[str, Any]]) -> Versions:
-    """By which it is told whether a ``.grad`` has changed; None where there is none."""
+def _versions_of_grads(groups: Iterable[Mapping[str, Any]]) -> Grads:
+    """By which it is told whether a ``.grad`` has changed."""
     grads = [param.grad for group in groups for param in group["params"]]
-    return [None if grad is None else (id(grad), grad._version) for grad in grads]
+    return [(grad, 0 if grad is None else grad._version) for grad in grads]
 
 
-def _check_differentiated(result: Any, before: Versions, after: Versions) -> None:
+def _check_differentiated(result: Any, before: Grads, after: Grads) -> None:
     """Raise for what a closure returned, if it is no mapping and there is no gradient for it.
 
     Raises:
@@ -116,9 +116,12 @@ def _check_differentiated(result: Any, before: Versions, after: Versions) -> Non
             f"the closure returned a {type(result).__name__}: return the mapping of losses alone, "
             'as in {"mm": loss, "audio": audio_loss}'
         )
-    has_graph = isinstance(result, Tensor) and result.requires_grad
+    pairs = zip(before, after, strict=True)
+    is_unchanged = all(old[0] is new[0] and old[1] == new[1] for old, new in pairs)
     # A framework's closure may return None, and the gradients be there before.
-    if (has_graph and before == after) or (result is None and not any(after)):
+    has_none = result is None and all(grad is None for grad, _ in after)
+    has_graph = isinstance(result, Tensor) and result.requires_grad
+    if has_none or (has_graph and is_unchanged):
         raise RuntimeError(
             "the closure left no gradient: return the mapping of losses, or call backward() in it"
         )

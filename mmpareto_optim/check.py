@@ -14,8 +14,11 @@ from mmpareto_optim.types import Describe, Gradient, Losses
 
 TOLERANCES = {False: (0.02, 1e-3), True: (0.1, 0.03)}
 """By whether something was computed in half precision: how far two ways to one gradient may be
-apart, over the norms of the losses' gradients for this parameter, and over those for all. What is
-less than the second is rounding, as all of a bias's gradient is before a batch norm."""
+apart, over the norms of the losses' gradients for this parameter, and over those for all."""
+
+OF_BIASES = 0.05
+"""In place of the latter for parameters of one dimension. Before a normalisation, nothing but
+rounding is left of a bias's gradient."""
 
 SMALLEST_SCALE = 1024.0
 """Of a GradScaler, whose scales are powers of two and begin at 65,536."""
@@ -46,34 +49,33 @@ class SumCheck:
     def compare(
         self, differentiate: Callable[[], Gradient], targets: Sequence[Tensor], describe: Describe
     ) -> bool:
-        """Warn if they do not add up to the gradient of the sum; whether that could be told."""
+        """Warn if they do not add up to the gradient of the sum; whether all could be compared.
+
+        That takes gradients that are finite, and not zero as behind a head that begins at zero.
+        """
         try:
             whole = differentiate()
         except Exception:
             # What refuses a second visit has been visited once: nothing is wrong with that.
             return True
-        deviations, is_finite = self._deviations(whole)
-        warn_of_deviations(deviations, targets, describe)
-        return is_finite
-
-    def _deviations(self, whole: Gradient) -> tuple[dict[int, float], bool]:
-        """By position how far the sum is from that of one pass, and whether all is finite."""
         shared = [i for i, norms in enumerate(self._norms) if len(norms) > 1]
-        apart, sizes = [], []
-        for i in shared:
-            form, found, known = self._forms[i], self._sums[i], whole[i]
-            assert found is not None
-            difference = found if known is None else found - form.flat(known).to(found)
-            apart.append(float(torch.linalg.vector_norm(difference)))
-            sizes.append(math.fsum(float(norm) for norm in self._norms[i]))
+        sizes = [math.fsum(float(norm) for norm in self._norms[i]) for i in shared]
+        apart = [self._distance(i, whole[i]) for i in shared]
         of_one, of_all = TOLERANCES[_are_in_half_precision(whole)]
-        least = of_all * math.hypot(*sizes)
-        found_apart = {
-            position: distance / size
-            for position, distance, size in zip(shared, apart, sizes, strict=True)
-            if distance > of_one * size and distance > least
-        }
-        return found_apart, all(map(math.isfinite, (*apart, *sizes)))
+        total, deviations = math.hypot(*sizes), {}
+        for i, distance, size in zip(shared, apart, sizes, strict=True):
+            least = of_all if targets[i].ndim > 1 else max(of_all, OF_BIASES)
+            if of_one * size < distance > least * total and math.isfinite(distance):
+                deviations[i] = distance / size
+        warn_of_deviations(deviations, targets, describe)
+        return all(map(math.isfinite, apart)) and all(sizes)
+
+    def _distance(self, position: int, whole: Tensor | None) -> float:
+        """Between the sum for a parameter and the gradient of one pass."""
+        found, form = self._sums[position], self._forms[position]
+        assert found is not None
+        difference = found if whole is None else found - form.flat(whole).to(found)
+        return float(torch.linalg.vector_norm(difference))
 
 
 def _are_in_half_precision(gradient: Gradient) -> bool:

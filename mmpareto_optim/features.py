@@ -12,7 +12,7 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor
 
-from mmpareto_optim.accumulation import add_what_functions_wrote
+from mmpareto_optim.accumulation import add_what_functions_wrote, switched
 from mmpareto_optim.autograd import (
     Backward,
     Differentiation,
@@ -20,7 +20,6 @@ from mmpareto_optim.autograd import (
     averaged_row,
     by_autograd,
     local_forms,
-    switched,
 )
 from mmpareto_optim.blocks import Block, Reach, Reached
 from mmpareto_optim.graph import Edge, edge_of, edges_behind, leaves_of

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from mmpareto_optim.accumulation import GradAccumulator, grads_set_aside
-from mmpareto_optim.autograd import Backward, Differentiation, Rows, autocast_around, switched
+from mmpareto_optim.accumulation import (
+    GradAccumulator,
+    autocast_around,
+    grads_set_aside,
+    switched,
+)
+from mmpareto_optim.autograd import Backward, Differentiation, Rows
 from mmpareto_optim.blocks import Reach, blocks_of
-from mmpareto_optim.check import warn_of_one_scaled
 from mmpareto_optim.distributed.single import Processes, ProcessSelection
 from mmpareto_optim.features import rows_through
 from mmpareto_optim.integration import Integration
@@ -52,6 +56,8 @@ def _option(name: str, doc: str) -> Any:
     def write(self: "GradientIntegrator", value: Any) -> None:
         self._options = replace(self._options, **{name: value})
         self._rules = {}
+        for window in self._windows:
+            window.rules_before = {}
 
     return property(read, write, doc=doc)
 
@@ -201,14 +207,8 @@ class GradientIntegrator:
         processes: Processes,
     ) -> tuple[Losses, Modalities | None]:
         """Raise for arguments that are wrong; the losses and the blocks by hand."""
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "gradients made under torch.inference_mode() are of no use to an optimizer: call "
-                "step() and backward() outside of it"
-            )
         losses = check_losses(losses)
-        if self._check and not self.has_integrated:
-            warn_of_one_scaled(losses)
+        self._watch.note_given(losses)
         processes.check(self._options.stretches_tensors, features is not None)
         if features is not None:
             check_features(features)

@@ -142,7 +142,7 @@ class _Groups(list[dict[str, Any]]):
             "the groups of several optimizers: add or remove them at the one that is meant"
         )
 
-    append = extend = insert = pop = remove = clear = _refuse
+    append = extend = insert = pop = remove = clear = reverse = _refuse
     __setitem__ = __delitem__ = __iadd__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:

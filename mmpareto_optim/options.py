@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mmpareto_optim.rules.evaluation import check_gamma
@@ -101,6 +102,11 @@ def is_mapping(value: Any) -> bool:
 
 def check_losses(losses: Any) -> dict[str, Tensor]:
     """The losses as a dict; raises unless they map names to scalars that have a graph."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "gradients made under torch.inference_mode() are of no use to an optimizer: call "
+            "step() and backward() outside of it"
+        )
     if not is_mapping(losses):
         raise TypeError(
             "losses must be a mapping from a name to a scalar tensor, such as "

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mmpareto_optim.check import check_first_losses
+from mmpareto_optim.check import check_first_losses, warn_of_one_scaled
 from mmpareto_optim.graph import leaves_beside
 from mmpareto_optim.messages import warn
 from mmpareto_optim.options import MOST_NAMES
@@ -27,12 +27,18 @@ class Watch:
     def __init__(self, check: bool) -> None:
         self.layouts: dict[str, Layout] = {}  # of losses' last rows
         self._looks_left = 10
-        self._check = self._is_to_check = check
+        self._check = check
+        self._is_to_check = check  # what was never given several losses
         self._steps = 0  # with several losses
         self._met = False
         self._unheld = 0
         self._warned_of_small = False
         self._stood_still: dict[str, tuple[int, int]] = {}  # of a block: steps, and those at zero
+
+    def note_given(self, losses: Losses) -> None:
+        """The losses before they are differentiated."""
+        if self._is_to_check:
+            warn_of_one_scaled(losses)
 
     def note(
         self,
@@ -41,7 +47,7 @@ class Watch:
         factors: Mapping[str, Sequence[float]],
     ) -> None:
         """What an integration found, and by what factors gradients were multiplied at most."""
-        if self._is_to_check:
+        if self._is_to_check and len(losses) > 1:
             check_first_losses(losses, stats)
             self._is_to_check = False
         self._note_losses(losses, stats)
