@@ -321,3 +321,27 @@ def test_where_hooks_cannot_be_set_aside_it_is_said(monkeypatch: pytest.MonkeyPa
     features = model.features(batch)
     with pytest.warns(UserWarning, match="Leave features out where you have such hooks"):
         optimizer(model).backward(model.losses_at(features, batch[2]), features=features)
+
+
+def test_a_feature_that_is_called_like_a_modality() -> None:
+    """The stats of both are there; the block keeps the name that the user gave it."""
+    model, batch = setting()
+    opt = optimizer(model, param_groups_by_modality={"audio": model.audio_head})
+    features = model.features(batch)
+    losses = model.losses_at(features, batch[2])
+    losses["more"] = model.audio_head(features["audio"]).sin().mean()
+    opt.backward(losses, features=features)
+    assert list(opt.stats) == ["audio (feature)", "visual", "audio"]
+    assert opt.stats["audio"].objectives == ("audio", "more")
+    assert opt.stats["audio (feature)"].objectives == ("mm", "audio", "more")
+
+
+def test_a_sparse_gradient_at_a_feature() -> None:
+    encoder, head = nn.Linear(4, 10), nn.Linear(2, 2)
+    opt = optimizer(nn.ModuleList([encoder, head]))
+    table = encoder(torch.randn(2, 4)).T
+    words = nn.functional.embedding(torch.tensor([1, 2]), table, sparse=True)
+    losses = {"a": words.square().sum(), "b": head(table).sin().mean()}
+    with pytest.raises(TypeError, match=r"loss 'a' gives a sparse gradient for feature 'table'"):
+        opt.backward(losses, features={"table": table})
+    assert all(param.grad is None for param in (*encoder.parameters(), *head.parameters()))
