@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -237,9 +237,13 @@ def autocast_around(tensors: Iterable[Tensor]) -> Autocast:
     return {k: torch.get_autocast_dtype(k) for k in kinds if torch.is_autocast_enabled(k)}
 
 
-@contextmanager
-def switched(autocast: Autocast, *, on: bool) -> Iterator[None]:
+def switched(autocast: Autocast, *, on: bool) -> AbstractContextManager[None]:
     """Autocast regions are entered, or left, meanwhile."""
+    return _switched(autocast, on) if autocast else nullcontext()
+
+
+@contextmanager
+def _switched(autocast: Autocast, on: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, dtype in autocast.items():
             stack.enter_context(torch.autocast(kind, dtype, enabled=on))

@@ -95,14 +95,14 @@ class Differentiation:
             gradient: Gradient = [None] * len(targets)
             if name in losses:  # otherwise another process has it
                 differentiate = partial(self._gradient_of, backward, [name], targets, others)
+                retain = backward.retain_graph or name != names[0]
                 try:
-                    retain = backward.retain_graph or name != names[0] or check is not None
-                    gradient = differentiate(retain)
+                    gradient = differentiate(retain or check is not None)
                 except RuntimeError:
-                    if check is None or name != names[0]:
+                    if retain or check is None:
                         raise
                     # There are regions that cannot be passed if the graph is to be kept.
-                    check, gradient = None, differentiate(backward.retain_graph)
+                    check, gradient = None, differentiate(False)
             if check is not None:
                 check.add(gradient)
             yield name, gradient, name == names[0]

@@ -71,7 +71,7 @@ class Options:
 def set_attribute(owner: Any, name: str, value: Any) -> None:
     """As usual, but for a public name that there is not: a misspelt setting would do nothing."""
     kind = type(owner)
-    known = name.startswith("_") or hasattr(kind, name) or name in owner.__dict__
+    known = name[0] == "_" or name in owner.__dict__ or hasattr(kind, name)
     if not known and kind.__module__.startswith("mmpareto_optim.") and name not in PUBLIC:
         base = getattr(owner, "optimizer", None)
         if base is None or not hasattr(base, name):

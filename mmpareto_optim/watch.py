@@ -58,9 +58,10 @@ class Watch:
 
         A model may have been built anew, or its parameters replaced.
         """
-        known = self.layouts if len(self.layouts) < MOST_NAMES else {}
-        self.layouts = known | {name: row.layout for name, row in rows.items()}
-        is_lost = any(_has_lost(row.layout, known.get(name)) for name, row in rows.items())
+        is_lost = any(_has_lost(row.layout, self.layouts.get(name)) for name, row in rows.items())
+        if len(self.layouts) > MOST_NAMES:
+            self.layouts = {}
+        self.layouts.update((name, row.layout) for name, row in rows.items())
         if is_lost and self._looks_left:
             self._looks_left -= 1
             self.note_unheld(leaves_beside(params, losses))
