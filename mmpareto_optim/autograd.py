@@ -11,7 +11,7 @@ from mmpareto_optim.accumulation import Autocast, add_what_functions_wrote, swit
 from mmpareto_optim.check import SumCheck
 from mmpareto_optim.graph import leaves_beside
 from mmpareto_optim.messages import raise_explained
-from mmpareto_optim.rows import LONG, Form, Row, flatten, forms_of, is_capturing
+from mmpareto_optim.rows import Form, Row, flatten, forms_of, is_capturing
 from mmpareto_optim.types import Constants, Describe, Gradient, Losses
 from mmpareto_optim.watch import Watch
 
@@ -184,7 +184,7 @@ class ForeignMemory:
         self._describe = backward.describe
         self._may_stay = may_stay
         copies = backward.accumulates or backward.processes.writes_rows or is_capturing()
-        self._long = [i for i, form in enumerate(forms) if not copies and form.size >= LONG]
+        self._long = [i for i, form in enumerate(forms) if not copies and form.is_long]
         self._learning: dict[int, tuple[Tensor, Tensor]] = {}
         self._alive: dict[int, tuple[str, int, Tensor, int]] = {}
 

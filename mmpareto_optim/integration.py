@@ -1,8 +1,7 @@
 """From the rows of several losses to one gradient: Gram matrices, coefficients, sums."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,63 +10,13 @@ from torch import Tensor
 from mmpareto_optim.blocks import Block
 from mmpareto_optim.distributed.single import Processes
 from mmpareto_optim.gram import gram_matrix, sum_of
+from mmpareto_optim.groups import Group, groups_of
 from mmpareto_optim.options import Options
-from mmpareto_optim.rows import ONE, Form, Layout, Row, Span, combine, spans_of, unflatten
+from mmpareto_optim.rows import ONE, Form, Row, Span, combine, unflatten
 from mmpareto_optim.rules.evaluation import applied_gamma
 from mmpareto_optim.rules.named import Rounding, Rule, coefficients_of_blocks
 from mmpareto_optim.stats import BlockStats, StatsByBlock
 from mmpareto_optim.tensor_stretch import combine_and_stretch
-
-
-class Group(NamedTuple):
-    """Parameters of one block that the same losses give a gradient.
-
-    Attributes:
-        block: the number of the block that is integrated; None where gradients are added.
-        rows: which of the rows have one.
-        of_losses: for each loss of the block where its row stands in ``rows``, or None.
-        share: what part of an inner product of these gradients this process counts.
-        spans: the parameters.
-    """
-
-    block: int | None
-    rows: tuple[int, ...]
-    of_losses: tuple[int | None, ...]
-    share: float
-    spans: tuple[Span, ...]
-
-
-@lru_cache(maxsize=64)
-def groups_of(
-    blocks: tuple[Block, ...],
-    losses: tuple[str, ...],
-    layouts: tuple[Layout, ...],
-    shares: tuple[float, ...] | None,
-) -> tuple[Group, ...]:
-    """All parameters with a gradient, in groups that are handled alike.
-
-    Args:
-        blocks: those that are integrated.
-        losses: names of the losses of the first rows.
-        layouts: of the rows.
-        shares: for each parameter as in :class:`Group`; None for 1.
-    """
-    block_of = {i: number for number, block in enumerate(blocks) for i in block.positions}
-    members: dict[tuple[int | None, tuple[int, ...], float, Hashable], list[int]] = {}
-    for position, form in enumerate(layouts[0].forms):
-        rows = tuple(i for i, layout in enumerate(layouts) if layout.given[position])
-        share = 1.0 if shares is None else shares[position]
-        if rows:
-            key = (block_of.get(position), rows, share, (form.dtype, form.device))
-            members.setdefault(key, []).append(position)
-    groups = []
-    for (block, rows, share, _), positions in members.items():
-        objectives = () if block is None else blocks[block].objectives
-        in_rows = [losses.index(name) for name in objectives]
-        of_losses = tuple(rows.index(row) if row in rows else None for row in in_rows)
-        spans = spans_of([layouts[row] for row in rows], positions)
-        groups.append(Group(block, rows, of_losses, share, tuple(spans)))
-    return tuple(groups)
 
 
 class Integrated(NamedTuple):
@@ -143,31 +92,39 @@ class Integration:
         pieces = [[_pieces(rows, group, span) for span in group.spans] for group in groups]
         grams, roundings = self._grams(len(met), groups, pieces)
         coefficients = self._coefficients(met, grams, roundings)
-        numbers = [_as_numbers(each) for each in coefficients]
         gradients: dict[int, Tensor] = {}
-        stretches: list[list[Tensor]] = [[] for _ in met]
+        together: list[tuple[Span, Tensor]] = []
+        stretches: list[dict[int, Tensor]] = [{} for _ in met]
         for group, of_spans in zip(groups, pieces, strict=True):
-            factors = _factors(group, numbers)
+            factors = _factors(group, coefficients, of_spans[0][0])
             for span in group.spans:
                 of_rows = of_spans.pop(0)
                 if group.block is not None and self._options.stretches_tensors:
                     flat, stretch = self._stretched(
                         group, span, of_rows, factors, grams[group.block]
                     )
-                    stretches[group.block].append(stretch)
+                    stretches[group.block].update(
+                        zip(span.positions, stretch.unbind(), strict=True)
+                    )
                 else:
                     flat = combine(of_rows, factors)
-                found = unflatten(flat, span.forms, is_new=flat is not of_rows[0])
-                gradients.update(zip(span.positions, found, strict=True))
+                form, is_new = span.forms[0], flat is not of_rows[0]
+                if len(span.forms) == 1 and (is_new or form.is_long):
+                    alone = flat.to(form.dtype.to_real(), copy=not is_new)
+                    gradients[span.positions[0]] = form.restored(alone)
+                    del alone
+                else:
+                    together.append((span, flat))
                 del flat, of_rows
                 if release:
                     for row, place in zip(group.rows, span.places, strict=True):
                         rows[row].release(place)
+        gradients |= unflatten(together)
         gamma = 1.0 if callable(self._options.integration) else self._options.factor
         stats = StatsByBlock()
         for block, gram, each, of_block in zip(met, grams, coefficients, stretches, strict=True):
-            total = _cat_on(gram, of_block)
-            stats[block.name] = BlockStats(block.objectives, gram, each, gamma, total)
+            stretch_of_all = _in_order(of_block, gram)
+            stats[block.name] = BlockStats(block.objectives, gram, each, gamma, stretch_of_all)
         is_own = callable(self._options.integration)
         return Integrated(gradients, stats, {} if is_own else _known_factors(stats))
 
@@ -265,21 +222,22 @@ def _of_losses(group: Group, rows: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def _factors(group: Group, numbers: Sequence[Sequence[float | Tensor]]) -> Sequence[float | Tensor]:
+def _factors(group: Group, coefficients: Sequence[Tensor], row: Tensor) -> Sequence[float | Tensor]:
     """For each row of a group its coefficient; 1 for what is added as it is."""
     factors: list[float | Tensor] = [ONE] * len(group.rows)
     if group.block is not None:
-        for place, number in zip(group.of_losses, numbers[group.block], strict=True):
+        numbers = _as_numbers(coefficients[group.block], row)
+        for place, number in zip(group.of_losses, numbers, strict=True):
             if place is not None:
                 factors[place] = number
     return factors
 
 
-def _as_numbers(coefficients: Tensor) -> Sequence[float | Tensor]:
-    """Numbers, where nothing waits for them; otherwise tensors without dimensions."""
-    if coefficients.device.type == "cpu":
+def _as_numbers(coefficients: Tensor, row: Tensor) -> Sequence[float | Tensor]:
+    """Numbers, where nothing waits for them; otherwise tensors like a row, without dimensions."""
+    if "cpu" in (coefficients.device.type, row.device.type):
         return coefficients.tolist()
-    return coefficients.unbind()
+    return coefficients.to(row, non_blocking=True).unbind()
 
 
 def _known_factors(stats: Mapping[str, BlockStats]) -> dict[str, list[float]]:
@@ -291,5 +249,8 @@ def _known_factors(stats: Mapping[str, BlockStats]) -> dict[str, list[float]]:
     return found
 
 
-def _cat_on(like: Tensor, tensors: Sequence[Tensor]) -> Tensor | None:
-    return torch.cat([tensor.to(like.device) for tensor in tensors]) if tensors else None
+def _in_order(stretches: Mapping[int, Tensor], gram: Tensor) -> Tensor | None:
+    """By position of the parameter, on the device of the Gram matrix."""
+    if not stretches:
+        return None
+    return torch.stack([stretches[position].to(gram.device) for position in sorted(stretches)])

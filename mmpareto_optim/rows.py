@@ -17,8 +17,12 @@ from torch import Tensor
 
 from mmpareto_optim.types import Gradient
 
-LONG = 2**15
-"""Numbers of a gradient from which it is not copied in among others, and may stay where it is."""
+LONG, LONG_ON_DEVICE = 2**15, 2**20
+"""Numbers of a gradient from which it is not copied in among others, and may stay where it is.
+
+On a device each of these is an operation for each loss, and small ones take less time than it takes
+to issue them. The second number is an estimate, not measured.
+"""
 
 CHUNK = 2**17
 """Numbers that are combined at a time on the CPU, so that the sum stays in a core's cache."""
@@ -38,6 +42,7 @@ class Form:
         row_dtype: that of rows, of which ``epsilon`` is the machine epsilon.
         written_rounding: unit roundoff of ``.grad``, 0 if it is not rounded to from a row.
         size: how many real numbers its gradient has.
+        is_long: whether these are so many that the gradient is a tensor of its own in a row.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Form:
         self._is_plain = like.is_contiguous() and not dtype.is_complex
         self._piece_shape = self._in_order(like).shape
         self.size = self._piece_shape.numel()
+        self.is_long = self.size >= (LONG if device.type == "cpu" else LONG_ON_DEVICE)
 
     def flat(self, gradient: Tensor) -> Tensor:
         """A gradient's real numbers in the order in which the parameter's lie in memory."""
@@ -100,7 +106,7 @@ class Layout:
         for position in (index for index, there in enumerate(given) if there):
             form = forms[position]
             number = len(self.segments)
-            if form.size < LONG:
+            if not form.is_long:
                 number = shared.setdefault((form.device, form.dtype), number)
             if number == len(self.segments):
                 self.segments.append([])
@@ -220,14 +226,11 @@ def combine(rows: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> T
     """``sum_i c_i row_i``, a new tensor but for a row by itself.
 
     Elementwise and not by a matmul, which may run in TF32. Coefficients are numbers where nothing
-    waits for them, as an operation begins sooner with them; otherwise tensors without dimensions.
+    waits for them, as an operation begins sooner with them; otherwise tensors without dimensions,
+    of the rows' device and dtype.
     """
     if len(rows) == 1 and coefficients[0] is ONE:
         return rows[0]
-    if rows[0].device.type != "cpu":
-        coefficients = [
-            c.to(rows[0], non_blocking=True) if isinstance(c, Tensor) else c for c in coefficients
-        ]
     if rows[0].device.type != "cpu" or rows[0].numel() <= CHUNK:
         return _add_others(rows[0] * coefficients[0], rows, coefficients)
     total = torch.empty_like(rows[0])
@@ -247,20 +250,23 @@ def _add_others(
     return total
 
 
-def unflatten(flat: Tensor, forms: Sequence[Form], *, is_new: bool) -> list[Tensor]:
-    """The gradients of some parameters that lie in one flat tensor, each in memory of its own.
+def unflatten(flats: Sequence[tuple[Span, Tensor]]) -> dict[int, Tensor]:
+    """The gradients that lie in some flat tensors, by position, each in memory of its own.
 
-    That may be the tensor's, if it is new.
+    One operation copies all of a dtype, so that heads, of which each is a block, take none more.
     """
-    dtype = forms[0].dtype.to_real()
-    if len(forms) == 1:
-        return [forms[0].restored(flat.to(dtype, copy=not is_new))]
-    if flat.dtype != dtype:
-        flat = flat.to(dtype)
-    sizes = [form.size for form in forms]
-    pieces = [flat.new_empty(size) for size in sizes]
-    torch.split_with_sizes_copy(flat, sizes, out=pieces)
-    return [form.restored(piece) for form, piece in zip(forms, pieces, strict=True)]
+    found: dict[int, tuple[Form, Tensor]] = {}
+    copies: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    for span, flat in flats:
+        dtype, sizes = span.forms[0].dtype.to_real(), [form.size for form in span.forms]
+        new, old = copies.setdefault((flat.device, flat.dtype, dtype), ([], []))
+        pieces = [flat.new_empty(size, dtype=dtype) for size in sizes]
+        found.update(zip(span.positions, zip(span.forms, pieces, strict=True), strict=True))
+        new += pieces
+        old += flat.split(sizes)
+    for new, old in copies.values():
+        torch._foreach_copy_(new, old)
+    return {position: form.restored(piece) for position, (form, piece) in found.items()}
 
 
 def gradient_dtype(param: Tensor) -> torch.dtype:

@@ -127,3 +127,14 @@ def test_each_tensor_is_stretched_by_its_own_ratio() -> None:
     for param, rows in ((a, g_a), (b, g_b * torch.tensor([[1.0], [-1.0]]))):
         assert param.grad is not None
         assert float(param.grad.norm()) >= GAMMA * float(rows.sum(0).norm()) * (1 - 1e-6)
+
+
+def test_stretches_are_in_the_order_of_the_parameters() -> None:
+    """A long gradient lies apart from the others in the rows."""
+    first, last = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    long = nn.Parameter(torch.zeros(2**15))
+    opt = MMParetoOptimizer(torch.optim.SGD([first, long, last], lr=1.0), rescale="tensor")
+    short = first.sum() + last.sum()
+    opt.backward({"mm": short + long.sum(), "audio": 1e-6 * long.sum() - short})
+    (stats,) = opt.stats.values()
+    assert (stats.scale > 1).tolist() == [False, True, False]
