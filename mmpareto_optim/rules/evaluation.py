@@ -57,7 +57,7 @@ def evaluate(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float
             # Making an array would take as long as a pair's closed form.
             matrix = gram if size == 2 else gram.detach().double().numpy()
             found[index] = torch.from_numpy(np.array(of_one(matrix, formula, gamma)))
-        elif size == 1 or (gram.is_meta and size > 2):
+        elif size == 1:
             found[index] = torch.ones_like(gram[..., 0], dtype=solver_dtype(gram))
         else:
             kind = (gram.shape, formula) if size == 2 else ()
@@ -104,8 +104,10 @@ def of_pair(gram: list[list[float]], formulas: Formulas, gamma: float) -> tuple[
 
 def on_host(grams: Sequence[Tensor], formulas: Sequence[Formulas], gamma: float) -> list[Tensor]:
     """Coefficients of stacks of Gram matrices on one device, by a copy to the host and one back."""
-    entries = torch.cat([gram.flatten() for gram in grams]).cpu().double()
-    parts = entries.split([gram.numel() for gram in grams])
+    entries = torch.cat([gram.flatten() for gram in grams])
+    # For meta tensors, which have no values, ones go the way that values would.
+    known = torch.ones_like(entries, device="cpu") if entries.is_meta else entries.cpu()
+    parts = known.double().split([gram.numel() for gram in grams])
     solved = [np.empty(0)]
     for gram, formula, part in zip(grams, formulas, parts, strict=True):
         solved += [of_one(one.numpy(), formula, gamma) for one in part.view(-1, *gram.shape[-2:])]
