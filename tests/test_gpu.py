@@ -1,5 +1,6 @@
 """What only a GPU can show. The same code runs on the CPU in the other tests."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpareto_optim import MMParetoOptimizer
 from tests.models import LateFusion, Losses, audio_visual_batch, train
@@ -38,6 +39,33 @@ def test_a_step_does_not_wait_for_the_device(rescale: str, request: pytest.Fixtu
     for _ in range(3):
         opt.zero_grad()
         opt.step(losses=model.losses(batch))  # type: ignore[arg-type]
+
+
+def test_a_step_with_three_losses_waits_once() -> None:
+    """However many blocks there are; as PyTorch counts it."""
+    trunks = [nn.Linear(5, 5).cuda() for _ in range(2)]
+    params = [param for trunk in trunks for param in trunk.parameters()]
+    opt = MMParetoOptimizer(torch.optim.SGD(params, lr=0.1))
+    given = torch.randn(3, 7, 5, device="cuda")
+
+    def step() -> list[str]:
+        losses = {
+            f"{i}, {j}": trunk(x).square().mean()
+            for i, trunk in enumerate(trunks)
+            for j, x in enumerate(given)
+        }
+        opt.zero_grad()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                opt.step(losses=losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [str(warning.message) for warning in caught]
+
+    step()
+    assert len(step()) == 1
 
 
 def test_a_feature_space_step_does_not_wait_for_the_device(
