@@ -17,7 +17,6 @@ system (otherwise glibc's heap keeps holes, which are no method's).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -34,9 +33,10 @@ import numpy as np
 import torch
 from methods import Step, backward_floor
 from models import mlp, resnet18
-from rich.progress import track
 from step_time import (
     commit_here,
+    installed,
+    interleaved,
     line_of,
     megabytes,
     ratio,
@@ -228,10 +228,6 @@ FLOOR, PLAIN, RIVALS = "m-backward floor", "plain training", [n for n in METHODS
 CLOCKS = {"wall": perf_counter, "cpu": process_time}
 
 
-def methods() -> list[str]:
-    return [m for m in METHODS if "TorchJD" not in m or importlib.util.find_spec("torchjd")]
-
-
 def task_of(case: str) -> Task:
     build, losses, _ = CASES[case]
     torch.manual_seed(0)
@@ -257,18 +253,10 @@ def peak(case: str, method: str) -> float:
 def measure(case: str, rounds: int | None, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds of each step, by method."""
     task = task_of(case)
-    steps = {m: METHODS[m](Task(deepcopy(task.model), task.losses_of)) for m in methods()}
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(2):
-        for step in steps.values():
-            step()
-    orders = np.random.default_rng(0)
-    for _ in track(range(rounds or CASES[case][-1]), description=case):
-        for method in orders.permutation(list(steps)):
-            started = clock()
-            steps[method]()
-            seconds[method].append(clock() - started)
-    return seconds
+    steps = {m: METHODS[m](Task(deepcopy(task.model), task.losses_of)) for m in installed(METHODS)}
+    for step in [*steps.values()] * 2:
+        step()
+    return interleaved(steps, rounds or CASES[case][-1], clock=clock, description=case)
 
 
 def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
@@ -308,7 +296,7 @@ def main() -> None:
     commit = commit_here()
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     results = {case: measure(case, options.rounds, CLOCKS[options.clock]) for case in options.cases}
-    peaks = {case: {m: peak(case, m) for m in methods()} for case in options.cases}
+    peaks = {case: {m: peak(case, m) for m in installed(METHODS)} for case in options.cases}
     head = (
         "# Time and memory with many losses\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "

@@ -24,14 +24,13 @@ import platform
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from many_losses import Task, base_of, convolutions, small_mlp, wide_mlp
 from methods import Step
-from step_time import commit_here, line_of, ratio
+from step_time import commit_here, interleaved, line_of, ratio
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -127,18 +126,9 @@ def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
     torch.manual_seed(0)
     task = build(losses)
     steps = {m: make(Task(deepcopy(task.model), task.losses_of)) for m, make in METHODS.items()}
-    seconds: dict[str, list[float]] = {method: [] for method in steps}
     for step in [*steps.values()] * 2:
         step()
-    orders = np.random.default_rng(0)
-    for _ in range(rounds or usual):
-        for method in orders.permutation(list(steps)):
-            dist.barrier()
-            started = perf_counter()
-            steps[method]()
-            dist.barrier()
-            seconds[method].append(perf_counter() - started)
-    return seconds
+    return interleaved(steps, rounds or usual, wait=dist.barrier)
 
 
 def table(case: str, seconds: dict[str, list[float]]) -> str:

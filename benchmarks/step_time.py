@@ -2,19 +2,14 @@
 
     python benchmarks/step_time.py            # TorchJD is measured where it is installed
     python benchmarks/step_time.py --rounds 3 --cases "mlp, batch 16"
-    python benchmarks/step_time.py --device cuda --output benchmarks/RESULTS_CUDA.md
 
 Medians over interleaved rounds, each with the middle half of its distribution; ratios are
 medians of the ratios within a round, so that slow moments of the machine cancel out. The interval
 beside "x floor" is that median's, by order statistics; it speaks of this run alone, other
 processes and hours differ more. Each round has an order of its own, drawn at random: what ran
 just before a small model's step, and left its code in the caches or not, changes its time by
-several percent. Peak memory is what four steps of one method take beyond the model and the batch:
-on the CPU of a process of its own, with what PyTorch loads on first use; on a GPU what is
-allocated.
-
-On a GPU a step is timed until the device has finished it. Methods that never wait for the
-device are timed once more as CUDA graphs: the device's time without that of Python.
+several percent. Peak memory is what four steps of one method take beyond the model and the batch,
+in a process of its own, with what PyTorch loads on first use.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
@@ -41,7 +36,7 @@ from scipy import stats
 FOLDER = Path(__file__).parent
 Case = tuple[str, int, int | None, int]
 """Model, batch, width, rounds."""
-CPU_CASES: dict[str, Case] = {
+CASES: dict[str, Case] = {
     "mlp, batch 16": ("mlp", 16, 64, 300),
     "mlp, batch 256": ("mlp", 256, 64, 300),
     "mlp, width 512, batch 16": ("mlp", 16, 512, 200),
@@ -53,32 +48,18 @@ CPU_CASES: dict[str, Case] = {
     "two ResNet-18, batch 4": ("resnet18", 4, None, 30),
     "two ResNet-18, batch 16": ("resnet18", 16, None, 24),
 }
-CUDA_CASES: dict[str, Case] = {
-    "mlp, batch 16": ("mlp", 16, 64, 100),
-    "transformer, batch 16": ("transformer", 16, 256, 50),
-    "transformer, width 1024, batch 64": ("transformer", 64, 1024, 30),
-    "two ResNet-18, batch 16": ("resnet18", 16, None, 50),
-    "two ResNet-18, batch 64": ("resnet18", 64, None, 50),
-}
 FLOOR, UNIFORM = "two-backward floor", "uniform"
-GRAPH = ", as a CUDA graph"
-WAITING = ("authors' procedure", "TorchJD (MGDA)")
-"""They look at numbers on the device, which no graph can."""
 
 
-def methods() -> list[str]:
-    return [m for m in METHODS if "TorchJD" not in m or importlib.util.find_spec("torchjd")]
+def installed(names: Iterable[str]) -> list[str]:
+    """Of the names of methods those that can be measured here."""
+    return [m for m in names if "TorchJD" not in m or importlib.util.find_spec("torchjd")]
 
 
-def cases_of(device: torch.device) -> dict[str, Case]:
-    return CUDA_CASES if device.type == "cuda" else CPU_CASES
-
-
-def setting(case: str, device: torch.device) -> tuple[LateFusion, Inputs]:
-    name, batch, width, _ = cases_of(device)[case]
+def setting(case: str) -> tuple[LateFusion, Inputs]:
+    name, batch, width, _ = CASES[case]
     torch.manual_seed(0)
-    model, (spec, image, label) = build(name, batch, width)
-    return model.to(device), (spec.to(device), image.to(device), label.to(device))
+    return build(name, batch, width)
 
 
 def resident_high_water() -> float:
@@ -89,62 +70,45 @@ def resident_high_water() -> float:
 
 def peak_here(case: str, method: str) -> float:
     """MB that four steps take in this process; ask in a fresh one."""
-    step = METHODS[method](*setting(case, torch.device("cpu")))
+    step = METHODS[method](*setting(case))
     before = resident_high_water()
     for _ in range(4):
         step()
     return resident_high_water() - before
 
 
-def peak(case: str, method: str, device: torch.device) -> float:
-    if device.type == "cpu":
-        command = [sys.executable, __file__, "--peak", case, method]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    step = METHODS[method](*setting(case, device))
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(4):
-        step()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+def peak(case: str, method: str) -> float:
+    command = [sys.executable, __file__, "--peak", case, method]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def captured(step: Step) -> Step:
-    """The step as a CUDA graph; the function that replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each step, by method."""
-    model, inputs = setting(case, device)
-    usual = cases_of(device)[case][-1]
-    steps = {method: METHODS[method](deepcopy(model), inputs) for method in methods()}
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    if device.type == "cuda":
-        for method in methods():
-            if method not in WAITING:
-                steps[method + GRAPH] = captured(METHODS[method](deepcopy(model), inputs))
+def interleaved(
+    steps: Mapping[str, Step],
+    rounds: int,
+    *,
+    wait: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = perf_counter,
+    description: str = "",
+) -> dict[str, list[float]]:
+    """Seconds of each step, by method; before and after each, ``wait`` until nothing runs."""
     seconds: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(3):
-        for step in steps.values():
-            step()
     orders = np.random.default_rng(0)
-    for _ in track(range(rounds or usual), description=case):
+    for _ in track(range(rounds), description, disable=not description):
         for method in orders.permutation(list(steps)):
             wait()
-            started = perf_counter()
+            started = clock()
             steps[method]()
             wait()
-            seconds[method].append(perf_counter() - started)
+            seconds[method].append(clock() - started)
     return seconds
+
+
+def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
+    model, inputs = setting(case)
+    steps = {method: METHODS[method](deepcopy(model), inputs) for method in installed(METHODS)}
+    for step in [*steps.values()] * 3:
+        step()
+    return interleaved(steps, rounds or CASES[case][-1], description=case)
 
 
 def median_interval(ratios: NDArray[np.float64]) -> str:
@@ -178,10 +142,8 @@ def commit_here(otherwise: str = "unknown") -> str:
     return found or otherwise
 
 
-def table(
-    case: str, device: torch.device, seconds: dict[str, list[float]], peaks: dict[str, float]
-) -> str:
-    model, _ = setting(case, device)
+def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
+    model, _ = setting(case)
     parameters = sum(param.numel() for param in model.parameters())
     lines = [
         f"## {case}\n",
@@ -190,19 +152,15 @@ def table(
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for method, times in seconds.items():
-        way = GRAPH if method.endswith(GRAPH) else ""
-        x_uniform = f"{np.median(np.divide(times, seconds[UNIFORM + way])):.2f}"
-        cells = (x_uniform, *ratio(times, seconds[FLOOR + way]), megabytes(peaks, method))
+        x_uniform = f"{np.median(np.divide(times, seconds[UNIFORM])):.2f}"
+        cells = (x_uniform, *ratio(times, seconds[FLOOR]), megabytes(peaks, method))
         lines.append(line_of(method, times, *cells))
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument(
-        "--cases", nargs="+", choices=CPU_CASES | CUDA_CASES, help="default: those of the device"
-    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--output", type=Path, default=FOLDER / "RESULTS.md")
     parser.add_argument("--commit", default="unknown", help="where this is no git checkout")
@@ -213,13 +171,12 @@ def main() -> None:
         return
 
     commit = commit_here(options.commit)
-    device = options.device
     machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        machine = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    cases = options.cases or list(cases_of(device))
-    results = {case: measure(case, options.rounds, device) for case in cases}
-    peaks = {case: {method: peak(case, method, device) for method in methods()} for case in cases}
+    results = {case: measure(case, options.rounds) for case in options.cases}
+    peaks = {
+        case: {method: peak(case, method) for method in installed(METHODS)}
+        for case in options.cases
+    }
     head = (
         "# Time and memory of one training step\n\n"
         f"{machine}, PyTorch {torch.__version__}, Python {platform.python_version()}, commit "
@@ -227,7 +184,7 @@ def main() -> None:
         "ratios are made.\nThe *floor* makes the same autograd calls and merely adds the "
         "gradients.\n"
     )
-    tables = (table(case, device, seconds, peaks[case]) for case, seconds in results.items())
+    tables = (table(case, seconds, peaks[case]) for case, seconds in results.items())
     options.output.write_text("\n".join([head, *tables]))
     document = {
         "machine": machine,
