@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint typecheck format docs clean
+.PHONY: demo test test-all gpu lint typecheck format docs clean
 
 # One thread, as for the README's numbers: networks this small are faster so. Another CPU can give others.
 demo: $(VENV)/.examples
@@ -13,6 +13,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term
+
+# For whoever has a CUDA device: its tests, times and memory, in benchmarks/CUDA.md. At most ten minutes.
+gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
