@@ -42,7 +42,7 @@ import torch
 from many_losses import Task, convolutions, small_mlp, wide_mlp
 from methods import Step
 from models import build, resnet18
-from step_time import commit_here, installed, interleaved, line_of, megabytes, ratio
+from step_time import are_of_one_run, commit_here, installed, interleaved, line_of, megabytes, ratio
 from torch import Tensor, nn
 
 # internal: the parts of a step whose bandwidth is measured.
@@ -106,9 +106,10 @@ def many(
 
 
 def in_precision(function: Any, device: torch.device, precision: str) -> Any:
+    if precision == "float32":
+        return function
     # No cache of casts, which a CUDA graph could not keep.
-    context = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-    return function if precision == "float32" else context(function)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(function)
 
 
 CASES: dict[str, Case] = {
@@ -336,8 +337,8 @@ def run(
 ) -> list[str]:
     """Do what has not been done for these facts, and write the page; what failed or is missing."""
     kept = output.with_suffix(".json")
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    results: dict[str, Result] = found["results"] if found.get("facts") == facts else {}
+    found = json.loads(kept.read_text()) if kept.exists() else {"facts": {}}
+    results: dict[str, Result] = found["results"] if are_of_one_run(found["facts"], facts) else {}
     # What failed comes last, as it may have ended the process.
     for name in sorted(jobs, key=results.__contains__):
         if results.get(name, {"failed": True})["failed"] and perf_counter() < ends:
@@ -382,8 +383,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
         "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
         "platform": platform.platform(),
-        # The page itself, once it is committed, is what is changed.
-        "commit": commit_here().removesuffix("-dirty"),
+        "commit": commit_here(),
     }
     output = options.output or FOLDER / "CUDA.md"
     problems = run(jobs, facts, output, ends - 60)

@@ -1,8 +1,12 @@
 """Time of one step on several processes, each with a batch of its own; writes RANKS.md and JSON.
 
     torchrun --nproc-per-node 2 benchmarks/ranks.py --network "one machine"
+    torchrun --nproc-per-node 8 benchmarks/ranks.py --device cuda --network "NVLink"
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \
         benchmarks/ranks.py --network "two machines, 1 Gbit/s"
+
+What is in the JSON for the same machine, network and commit is not measured again, so that a run
+goes on where one has failed. It has not been run on GPUs yet.
 
 The published tables are of two network namespaces on one machine, joined by a veth pair (iproute2),
 each with a process on a core of its own; ``tc qdisc add dev ... root tbf rate 1gbit burst 512kb
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 from collections.abc import Callable
 from copy import deepcopy
@@ -28,9 +33,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from many_losses import Task, base_of, convolutions, small_mlp, wide_mlp
+from many_losses import Task, base_of, convolutions, detector, small_mlp, wide_mlp
 from methods import Step
-from step_time import commit_here, interleaved, line_of, ratio
+from step_time import are_of_one_run, commit_here, interleaved, line_of, ratio
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,6 +48,7 @@ CASES: dict[str, tuple[Callable[[int], Task], int, int]] = {
     "wide mlp, 3 losses": (wide_mlp, 3, 12),
     "wide mlp, 10 losses": (wide_mlp, 10, 12),
     "small mlp, 3 losses": (small_mlp, 3, 100),
+    "detector, 6 losses": (detector, 6, 12),
 }
 """Builder, losses, rounds."""
 
@@ -121,14 +127,33 @@ METHODS: dict[str, Callable[[Task], Step]] = {
 }
 
 
-def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
+def start(device_type: str) -> torch.device:
+    """Join the other ranks; the device of this one."""
+    if device_type == "cpu":
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device(device_type, int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def wait_for_all() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def measure(case: str, rounds: int | None, device: torch.device) -> dict[str, list[float]]:
     build, losses, usual = CASES[case]
     torch.manual_seed(0)
-    task = build(losses)
+    with device:
+        task = build(losses)
     steps = {m: make(Task(deepcopy(task.model), task.losses_of)) for m, make in METHODS.items()}
     for step in [*steps.values()] * 2:
         step()
-    return interleaved(steps, rounds or usual, wait=dist.barrier)
+    return interleaved(steps, rounds or usual, wait=wait_for_all)
 
 
 def table(case: str, seconds: dict[str, list[float]]) -> str:
@@ -150,29 +175,47 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--network", required=True, help="what lies between the ranks, in words")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     parser.add_argument("--output", type=Path, default=FOLDER / "RANKS.md")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {case: measure(case, options.rounds) for case in options.cases}
-    if dist.get_rank() == 0:
-        machine = f"{dist.get_world_size()} ranks of one {platform.machine()} core, gloo"
-        head = (
-            f"# Time of one step on several processes, {options.network}\n\n"
-            f"{machine}, PyTorch {torch.__version__}, commit {commit_here()}. Written by\n"
-            "`benchmarks/ranks.py`; its docstring says how ratios are made.\n"
-        )
-        tables = (table(case, seconds) for case, seconds in results.items())
-        options.output.write_text("\n".join([head, *tables]))
-        facts = {
-            "machine": machine,
-            "network": options.network,
-            "commit": commit_here(),
-            "s": results,
-        }
-        options.output.with_suffix(".json").write_text(json.dumps(facts))
+    device = start(options.device)
+    each = (
+        torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} core"
+    )
+    facts = {
+        "machine": f"{dist.get_world_size()} ranks of one {each}, {dist.get_backend()}",
+        "network": options.network,
+        "commit": commit_here(),
+    }
+    results = measured_before(options.output, facts)
+    for case in options.cases:
+        if case not in results:
+            results[case] = measure(case, options.rounds, device)
+        if dist.get_rank() == 0:
+            write(options.output, facts, results)
     dist.destroy_process_group()
+
+
+def measured_before(output: Path, facts: dict[str, str]) -> dict[str, dict[str, list[float]]]:
+    """What rank 0 finds in the JSON, on all ranks."""
+    kept = output.with_suffix(".json")
+    is_there = dist.get_rank() == 0 and kept.exists()
+    found = [json.loads(kept.read_text()) if is_there else {}]
+    dist.broadcast_object_list(found)
+    seconds: dict[str, dict[str, list[float]]] = found[0].pop("s", {})
+    return seconds if are_of_one_run(found[0], facts) else {}
+
+
+def write(output: Path, facts: dict[str, str], results: dict[str, dict[str, list[float]]]) -> None:
+    head = (
+        f"# Time of one step on several processes, {facts['network']}\n\n"
+        f"{facts['machine']}, PyTorch {torch.__version__}, commit {facts['commit']}. Written by\n"
+        "`benchmarks/ranks.py`; its docstring says how ratios are made.\n"
+    )
+    tables = (table(case, seconds) for case, seconds in results.items())
+    output.write_text("\n".join([head, *tables]))
+    output.with_suffix(".json").write_text(json.dumps(facts | {"s": results}))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,14 @@ def commit_here(otherwise: str = "unknown") -> str:
     return found or otherwise
 
 
+def are_of_one_run(facts: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    """Whether measurements belong together; a page that is written makes its checkout dirty."""
+    return all(
+        facts.get(name, "").removesuffix("-dirty") == others.get(name, "").removesuffix("-dirty")
+        for name in facts.keys() | others.keys()
+    )
+
+
 def table(case: str, seconds: dict[str, list[float]], peaks: dict[str, float]) -> str:
     model, _ = setting(case)
     parameters = sum(param.numel() for param in model.parameters())

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: that it runs, goes on after a failure, and says what failed."""
+"""Benchmarks for GPUs, on the CPU: that they run, go on after a failure, and say what failed."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ Result = dict[str, Any]
 FACTS = {"device": "a device", "torch": "2", "platform": "here", "commit": "abc"}
 
 
-def test_the_command_on_the_cpu(tmp_path: Path) -> None:
+def test_make_gpu_on_the_cpu(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     command = [
         sys.executable,
@@ -75,8 +75,8 @@ def test_it_goes_on_with_what_has_failed(tmp_path: Path) -> None:
     assert gpu.run(jobs, FACTS, page) == []
     assert done == ["new", "large"]  # which may end the process once more
     assert "nothing left" not in page.read_text()
-    assert gpu.run(jobs, FACTS, page) == []
-    assert done == ["new", "large"]
+    assert gpu.run(jobs, FACTS | {"commit": "abc-dirty"}, page) == []
+    assert done == ["new", "large"]  # the page has made the checkout dirty
 
     assert gpu.run(jobs, FACTS | {"device": "another"}, page) == []
     assert done == ["new", "large", "new", "large", "small"]
@@ -107,3 +107,31 @@ def test_a_method_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str
     assert result["failed"] == {gpu.OURS: "RuntimeError: no such kernel"}
     assert gpu.PLAIN in result["s"]
     assert "no such kernel" in capsys.readouterr().err
+
+
+def test_cuda_graphs_are_compared_with_cuda_graphs() -> None:
+    eager = {gpu.PLAIN: [1.0] * 6, gpu.FLOOR: [2.0] * 6, gpu.OURS: [3.0] * 6}
+    graphs = {gpu.PLAIN + gpu.GRAPH: [0.1] * 6, gpu.OURS + gpu.GRAPH: [0.4] * 6}
+    result = {"parameters": 10**6, "s": eager | graphs, "peak_mb": {}, "without_graph": {}}
+    lines = gpu.lines_of_steps(result)
+    assert "| ours | 3000.00 | 3000.00 to 3000.00 | 3.000 | 1.500 |  |  |" in lines
+    # The floor as a CUDA graph is missing: it may have failed.
+    assert "| ours, as a CUDA graph | 400.00 | 400.00 to 400.00 | 4.000 |  |  |  |" in lines
+
+
+@pytest.mark.slow
+def test_ranks_over_gloo(tmp_path: Path) -> None:
+    """With NCCL it is the same command and ``--device cuda``."""
+    page, script = tmp_path / "ranks.md", Path(str(gpu.__file__)).with_name("ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    case = ["--cases", "small mlp, 3 losses", "--rounds", "2", "--network", "one machine"]
+    command = [*launch, str(script), *case, "--output", str(page)]
+    written = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr
+        written.append(json.loads(page.with_suffix(".json").read_text()))
+    assert written[0] == written[1]  # nothing is measured twice
+    assert written[0]["machine"].startswith("2 ranks of one")
+    assert all(len(times) == 2 for times in written[0]["s"]["small mlp, 3 losses"].values())
+    assert "| ours, features |" in page.read_text()
