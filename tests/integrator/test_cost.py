@@ -172,6 +172,10 @@ def test_operations_with_many_losses(device: str, dtype: torch.dtype, losses: in
     assert 0 < count <= 20 + 3 * losses
 
 
+def test_operations_on_a_device_do_not_grow_with_tensors_below_a_million() -> None:
+    assert len({ManyLosses(5, "meta", width=width).operations() for width in (16, 1000)}) == 1
+
+
 @pytest.mark.parametrize("losses", [2, 5])
 def test_long_gradients_take_few_operations_on_a_device(losses: int) -> None:
     """Each is a row by itself. On the CPU they are cut into pieces that fit a core's cache."""
@@ -216,12 +220,15 @@ def test_operations_of_a_step_at_the_features(device: str) -> None:
     opt.zero_grad()
     features = model.features(batch)
     losses = model.losses_at(features, batch[2])
-    whole = launches_of(lambda: opt.step(losses=losses, features=features))
+    with Launches() as launches:  # type: ignore[no-untyped-call]
+        opt.step(losses=losses, features=features)
+    whole = launches.count
     total = torch.stack(list(model.losses(batch).values())).sum()
     opt.zero_grad()
     plain = launches_of(total.backward) + launches_of(opt.optimizer.step)
     print(f"\n{whole - plain} operations more than plain training on {device}")
     assert 0 < whole - plain <= AT_FEATURES[device]
+    assert launches.waits == 0
 
 
 @pytest.mark.parametrize(("losses", "waits"), [(1, 0), (2, 0), (3, 1), (10, 1)])
