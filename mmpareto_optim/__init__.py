@@ -1,5 +1,6 @@
 """MMPareto as a drop-in wrapper around any ``torch.optim`` optimizer."""
 
+from mmpareto_optim.heads import UnimodalHeads
 from mmpareto_optim.integrator import GradientIntegrator
 from mmpareto_optim.monitoring.flatness import LossSlices, loss_slices
 from mmpareto_optim.monitoring.gradient_noise import GradientNoise, gradient_noise
@@ -32,6 +33,7 @@ __all__ = [
     "MMParetoOptimizer",
     "PhaseSummary",
     "Summary",
+    "UnimodalHeads",
     "config_coefficients",
     "dualproj_coefficients",
     "gradient_noise",
