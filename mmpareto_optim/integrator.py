@@ -112,7 +112,7 @@ class GradientIntegrator:
         self.param_groups = as_groups(params)
         self._modalities: Modalities | None = None
         if param_groups_by_modality is not None:
-            self._modalities = parameters_by_modality(param_groups_by_modality, self._held())
+            self._modalities = parameters_by_modality(param_groups_by_modality, self.param_groups)
         self._check = check
         self._rules: dict[tuple[bool, str], Rule] = {}
         self.forget()
@@ -213,7 +213,7 @@ class GradientIntegrator:
         if features is not None:
             check_features(features)
         if by_hand is not None:
-            return losses, parameters_by_modality(by_hand, self._held())
+            return losses, parameters_by_modality(by_hand, self.param_groups)
         if self._modalities is not None:
             check_held(self._modalities, self._held())
         return losses, self._modalities

@@ -57,8 +57,8 @@ class MMParetoOptimizer(Optimizer):
         optimizer: the base, any ``torch.optim.Optimizer``; or a list or a dict of several that
             share a graph, such as Muon for the matrices and AdamW for the rest.
         param_groups_by_modality: blocks chosen by hand instead of found: a mapping from a
-            modality's name to a module or several, parameters or ``(name, parameter)`` pairs.
-            Each is integrated over the losses that reach it; what they leave out is added.
+            modality's name to modules, parameters, ``(name, parameter)`` pairs or prefixes of the
+            base's parameter names. Each is integrated over its losses; what is left out is added.
         integration: the rule: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
             ``"uniform"``, the sum; ``"config"``, equal cosines (ConFIG); ``"upgrad"``, each
             gradient projected on the dual cone; ``"dualproj"``, the sum projected on it, which is

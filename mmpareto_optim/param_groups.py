@@ -57,13 +57,15 @@ def describe(wanted: Tensor, groups: Sequence[Mapping[str, Any]]) -> str:
     raise KeyError(wanted)
 
 
-def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
+def parameters_by_modality(groups: Any, held: Sequence[Mapping[str, Any]]) -> Modalities:
     """Named parameters of what ``param_groups_by_modality`` may be, which is read once, here.
+
+    A string is a prefix of names that the groups ``held`` have for their parameters.
 
     Raises:
         TypeError: not a mapping, or an entry of another kind; names the modality.
-        ValueError: no entry, an empty one, a parameter in two modalities, or a trainable one that
-            is not held; names them.
+        ValueError: no entry, an empty one, a prefix that no name has, a parameter in two
+            modalities, or a trainable one that is not held; names them.
     """
     if not isinstance(groups, Mapping):
         several = ": several optimizers go in one list, as in MMParetoOptimizer([muon, adamw])"
@@ -77,7 +79,9 @@ def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
             "param_groups_by_modality is empty: name at least one modality, or leave it out "
             "to have the blocks found from which losses reach which parameters"
         )
-    modalities = {str(name): _named_parameters(str(name), entry) for name, entry in groups.items()}
+    modalities = {
+        str(name): _named_parameters(str(name), entry, held) for name, entry in groups.items()
+    }
     if len(modalities) < len(groups):
         raise ValueError(f"two modalities have the same name as text: {list(groups)}; rename one")
     owner: dict[Tensor, str] = {}
@@ -88,7 +92,7 @@ def parameters_by_modality(groups: Any, held: Iterable[Tensor]) -> Modalities:
                     f"parameter {name} of modality {modality!r} is in modality {owner[param]!r} "
                     "too: leave it in one of them, or in neither to have its gradients added"
                 )
-    check_held(modalities, held)
+    check_held(modalities, (param for group in held for param in group["params"]))
     return modalities
 
 
@@ -105,7 +109,9 @@ def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
                 )
 
 
-def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
+def _named_parameters(
+    modality: str, entry: Any, held: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, str]:
     if isinstance(entry, nn.Module):
         entry = entry.named_parameters()
     elif isinstance(entry, str | bytes | Tensor) or not isinstance(entry, Iterable):
@@ -114,17 +120,44 @@ def _named_parameters(modality: str, entry: Any) -> dict[Tensor, str]:
     for index, item in enumerate(entry):
         if isinstance(item, nn.Module):
             pairs += [(f"{index}.{name}", param) for name, param in item.named_parameters()]
+        elif isinstance(item, str):
+            pairs += _with_prefix(item, modality, held)
         else:
             pairs.append(item if _is_pair(item) else (str(index), item))
     for _, param in pairs:
         if not isinstance(param, Tensor):
             raise TypeError(
-                f"modality {modality!r} must be modules, parameters or (name, parameter) "
-                f"pairs, got {type(param).__name__}"
+                f"modality {modality!r} must be modules, parameters, (name, parameter) pairs or "
+                f"prefixes of parameters' names, got {type(param).__name__}"
             )
     if not pairs:
         raise ValueError(f"modality {modality!r} has no parameters: give some, or leave it out")
     return {param: f"{name!r} of shape {_shape(param)}" for name, param in pairs}
+
+
+def _with_prefix(
+    prefix: str, modality: str, groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Tensor]]:
+    """The parameters of the module that has this name, or the one parameter that has it."""
+    named = [
+        pair
+        for group in groups
+        for pair in zip(group.get("param_names", ()), group["params"], strict=False)
+    ]
+    if not named:
+        raise ValueError(
+            f"modality {modality!r} is {prefix!r}, and the base has no names for its parameters: "
+            "build it from model.named_parameters(), or give the module instead of the string"
+        )
+    found = [(name, param) for name, param in named if f"{name}.".startswith(f"{prefix}.")]
+    if not found:
+        modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name, _ in named))
+        more = f" and {len(modules) - 8} more" if len(modules) > 8 else ""
+        raise ValueError(
+            f"modality {modality!r} is {prefix!r}, and no parameter of the base is named so, or "
+            f"{prefix}.something: its modules are {', '.join(modules[:8])}{more}"
+        )
+    return found
 
 
 def _is_pair(item: Any) -> bool:

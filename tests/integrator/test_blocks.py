@@ -12,7 +12,7 @@ from mmpareto_optim import GradientIntegrator, MMParetoOptimizer, mmpareto_coeff
 from tests.models import LateFusion, Losses, audio_visual_batch, grads
 
 
-def sgd(params: Iterable[Tensor]) -> torch.optim.SGD:
+def sgd(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> torch.optim.SGD:
     return torch.optim.SGD(params, lr=0.1)
 
 
@@ -121,6 +121,69 @@ def test_modalities_named_by_hand(kind: str, when: str) -> None:
         opt.step(losses=losses, param_groups_by_modality=modalities)
     assert_grads(model.audio.parameters(), expected)
     assert list(opt.stats) == ["audio", "visual"]
+
+
+@pytest.mark.parametrize(
+    ("modalities", "modules"),
+    [
+        ({"ears": "audio", "eyes": "visual"}, ["audio", "visual"]),
+        ({"ears": ["audio.0", "audio.2"], "eyes": ("visual",)}, ["audio", "visual"]),
+        ({"weight": ["audio.0.weight"]}, ["audio.0.weight"]),
+        ({"both": ["audio", "visual"]}, ["audio", "visual"]),
+    ],
+)
+@pytest.mark.parametrize("when", ["construction", "step", "integrator", "several"])
+def test_modalities_by_the_names_that_the_base_has(
+    modalities: dict[str, Any], modules: list[str], when: str
+) -> None:
+    model = LateFusion()
+    named = list(model.named_parameters())
+    losses, by_module = model.losses(audio_visual_batch()), dict[str, Any](modalities)
+    for name, prefixes in modalities.items():
+        listed = [prefixes] if isinstance(prefixes, str) else prefixes
+        by_module[name] = [p for prefix in listed for p in parts_of(model, prefix)]
+    reference = GradientIntegrator(model.parameters(), by_module)
+    reference.backward(losses, retain_graph=True)
+    expected = grads(model)
+    model.zero_grad()
+    if when == "construction":
+        MMParetoOptimizer(sgd(named), modalities).backward(losses)
+    elif when == "step":
+        MMParetoOptimizer(sgd(named)).backward(losses, param_groups_by_modality=modalities)
+    elif when == "integrator":
+        GradientIntegrator(named, modalities).backward(losses)
+    else:
+        MMParetoOptimizer([sgd(named[:3]), sgd(named[3:])], modalities).backward(losses)
+    for found, wanted in zip(grads(model), expected, strict=True):
+        assert found is not None
+        assert wanted is not None
+        assert found.equal(wanted)
+
+
+def parts_of(model: nn.Module, name: str) -> list[nn.Parameter]:
+    try:
+        return list(model.get_submodule(name).parameters())
+    except AttributeError:
+        return [model.get_parameter(name)]
+
+
+@pytest.mark.parametrize("prefix", ["aud", "audio.", "audio_hea", "", "0", "model.audio"])
+def test_a_name_that_no_parameter_begins_with(prefix: str) -> None:
+    """Whole parts of names count: ``audio`` is not the beginning of ``audio_head.weight``."""
+    model = LateFusion()
+    with pytest.raises(
+        ValueError, match=rf"'ears' is '{prefix}', .* modules are audio\.0, audio\.2, vis"
+    ):
+        MMParetoOptimizer(sgd(model.named_parameters()), {"ears": prefix})
+
+
+def test_a_name_holds_no_more_than_its_module() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(sgd(model.named_parameters()), {"ears": "audio"})
+    opt.backward(model.losses(audio_visual_batch()))
+    assert opt.blocks[0].parameters == tuple(
+        f"audio.{name}" for name, _ in model.audio.named_parameters()
+    )
 
 
 def test_what_is_left_out_gets_the_plain_sum() -> None:

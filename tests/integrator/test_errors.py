@@ -95,9 +95,14 @@ MODALITIES: dict[str, tuple[Callable[[LateFusion], Any], type[Exception], str]] 
         "modality 'audio' has no parameters",
     ),
     "not parameters": (
-        lambda m: {"audio": ["weight"]},
+        lambda m: {"audio": [None]},
         TypeError,
-        "modality 'audio' must be modules.*got str",
+        "modality 'audio' must be modules.*got NoneType",
+    ),
+    "a name where there are none": (
+        lambda m: {"audio": ["audio"]},
+        ValueError,
+        r"modality 'audio' is 'audio', and the base has no names.*named_parameters\(\)",
     ),
     "a number": (lambda m: {"audio": 3}, TypeError, "modality 'audio' must be.*got int"),
     "in two": (
