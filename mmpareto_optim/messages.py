@@ -3,12 +3,13 @@
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+from weakref import ref
 
-from torch import OutOfMemoryError, Tensor
+from torch import OutOfMemoryError, Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mmpareto_optim.blocks import Block
@@ -17,7 +18,7 @@ from mmpareto_optim.param_groups import describe
 PACKAGE = str(Path(__file__).parent)
 
 NAMES_SHOWN = 4
-"""Parameters of a block that are listed by name in a table."""
+"""Parameters or losses of a block that are listed by name in a table."""
 
 
 def warn(message: str) -> None:
@@ -46,6 +47,7 @@ class BlockInfo:
         integrated: whether a rule decided the coefficients; otherwise gradients were added.
         joined: names of the blocks that are a part of this one, as they are too small for a
             direction of their own.
+        references: to the parameters, which they do not keep alive; copies and pickles have none.
     """
 
     name: str
@@ -54,25 +56,63 @@ class BlockInfo:
     numbers: int
     integrated: bool
     joined: tuple[str, ...] = ()
+    references: tuple["ref[Tensor]", ...] = field(default=(), repr=False, compare=False)
 
     def cells(self) -> tuple[str, ...]:
         """A line of the table."""
-        listed = ", ".join(self.parameters[:NAMES_SHOWN])
-        more = len(self.parameters) - NAMES_SHOWN
         how = "integrated" if self.integrated else "added" if self.objectives else ""
+        if len(self.joined) == 1:
+            how += f", with {_first_of(self.joined[0].split('+'), '+')}"
+        elif self.joined:
+            how += f", with {len(self.joined)} small blocks"
         return (
-            self.name,
-            ", ".join(map(str, self.objectives)),
+            _first_of(self.name.split("+"), "+"),
+            _first_of(self.objectives),
             f"{self.numbers:,}",
-            f"{how}, with {', '.join(self.joined)}" if self.joined else how,
-            f"{listed} and {more} more" if more > 0 else listed,
+            how,
+            _first_of(self.parameters),
         )
+
+    def renamed(self, names: Mapping[Tensor | None, str]) -> "BlockInfo":
+        """The same block by other names of its parameters, as far as there are any."""
+        pairs = zip(self.references, self.parameters, strict=False)
+        parameters = tuple(names.get(reference(), name) for reference, name in pairs)
+        return replace(self, parameters=parameters or self.parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "references": ()}
+
+
+def _first_of(names: Sequence[object], separator: str = ", ") -> str:
+    """The first names, and how many more there are: many losses make long lists."""
+    listed = separator.join(map(str, names[:NAMES_SHOWN]))
+    more = len(names) - NAMES_SHOWN
+    return f"{listed} and {more} more" if more > 0 else listed
 
 
 class Blocks(tuple[BlockInfo, ...]):
     """The blocks of the last backward; printed as a table."""
 
     __slots__ = ()
+
+    def named(self, model: nn.Module) -> "Blocks":
+        """The same blocks by the names of ``model.named_parameters()``.
+
+        For an optimizer that was given ``model.parameters()`` and knows no names. Parameters that
+        are not the model's keep the name that they have here.
+
+        Raises:
+            ValueError: no parameter of the blocks is the model's.
+        """
+        names: dict[Tensor | None, str] = {p: name for name, p in model.named_parameters()}
+        if self and not any(
+            reference() in names for block in self for reference in block.references
+        ):
+            raise ValueError(
+                "no parameter of these blocks is one of the model's: give the model whose "
+                "parameters the optimizer holds, and the blocks themselves, not a copy"
+            )
+        return Blocks(block.renamed(names) for block in self)
 
     def __str__(self) -> str:
         if not self:
@@ -126,9 +166,14 @@ def _info(
     block: Block, members: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]
 ) -> BlockInfo:
     short = [describe(param, groups).removeprefix("parameter ").strip("'") for param in members]
-    numbers = sum(param.numel() for param in members if not is_lazy(param))
     return BlockInfo(
-        block.name, block.objectives, tuple(short), numbers, block.integrated, block.joined
+        block.name,
+        block.objectives,
+        parameters=tuple(short),
+        numbers=sum(param.numel() for param in members if not is_lazy(param)),
+        integrated=block.integrated,
+        joined=block.joined,
+        references=tuple(map(ref, members)),
     )
 
 

@@ -254,7 +254,7 @@ class MMParetoOptimizer(Optimizer):
 
     @property
     def blocks(self) -> Blocks:
-        """The blocks of the last backward, heads included: print them when results surprise."""
+        """The blocks of the last backward, heads included: print ``blocks.named(model)``."""
         return self._integrator.blocks
 
     # A checkpoint of the plain optimizer and of this one are the same.

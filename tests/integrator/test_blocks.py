@@ -1,5 +1,8 @@
 """Which gradients meet: blocks found from reach, and blocks named by hand."""
 
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -334,3 +337,75 @@ def test_a_block_may_be_several_modules() -> None:
     assert opt.blocks[0].numbers == sum(
         p.numel() for m in (model.audio, model.visual) for p in m.parameters()
     )
+
+
+def test_the_table_by_the_names_of_a_model() -> None:
+    model = LateFusion()
+    batch = audio_visual_batch()
+    opt, known = (
+        MMParetoOptimizer(sgd(params)) for params in (model.parameters(), model.named_parameters())
+    )
+    assert opt.blocks.named(model) == ()
+    for each in (opt, known):
+        each.backward(model.losses(batch))
+        each.zero_grad()
+    assert "param_groups[0]" in str(opt.blocks)
+    assert opt.blocks.named(model) == known.blocks
+    assert str(opt.blocks.named(model)) == str(known.blocks)
+    features = model.features(batch)
+    for each in (opt, known):
+        each.backward(model.losses_at(features, batch[2]), features=features, retain_graph=True)
+    assert opt.blocks.named(model) == known.blocks
+
+
+def test_what_a_model_does_not_have_keeps_its_name() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(sgd(model.parameters()))
+    opt.backward(model.losses(audio_visual_batch()))
+    part = opt.blocks.named(model.audio)
+    assert part[0].parameters == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert part[1:] == opt.blocks[1:]
+    for blocks in (opt.blocks, pickle.loads(pickle.dumps(opt.blocks))):
+        assert blocks == opt.blocks
+        with pytest.raises(ValueError, match="no parameter of these blocks is one of the model's"):
+            blocks.named(LateFusion() if blocks[0].references else model)
+
+
+def test_blocks_keep_no_parameter_alive() -> None:
+    model = LateFusion()
+    opt = MMParetoOptimizer(sgd(model.parameters()))
+    opt.backward(model.losses(audio_visual_batch()))
+    blocks = opt.blocks.named(model)
+    of_weight = weakref.ref(model.audio[0].weight)
+    names = blocks[0].parameters
+    del model, opt
+    gc.collect()
+    assert of_weight() is None
+    assert blocks[0].parameters == names
+
+
+@pytest.mark.parametrize("losses", [18, 40])
+def test_many_losses_make_no_wide_table(losses: int) -> None:
+    """All reach the trunk, and all but the last few two gates that join it."""
+    trunk, gates = nn.Linear(20, 30), nn.ParameterList([torch.ones(1), torch.ones(1)])
+    reached = trunk(torch.randn(4, 20)).square().mean(0)
+    values = [reached[i % 30] * i for i in range(1, losses + 1)]
+    for gate, size in zip(gates, (losses - 1, losses - 2), strict=True):
+        values[:size] = [value * gate.sum() for value in values[:size]]
+    opt = MMParetoOptimizer(sgd([*trunk.parameters(), *gates]))
+    opt.backward({f"classifier{i}": value for i, value in enumerate(values)})
+    (block,) = opt.blocks
+    assert len(block.objectives) == losses
+    assert len(block.joined) == 2
+    head, line = str(opt.blocks).splitlines()
+    assert f"classifier0+classifier1+classifier2+classifier3 and {losses - 4} more" in line
+    assert f"classifier0, classifier1, classifier2, classifier3 and {losses - 4} more" in line
+    assert line.index("param_groups") == head.index("parameters") < 200
+
+
+def test_a_table_names_four_losses_in_full() -> None:
+    model = LateFusion()
+    losses = model.losses(audio_visual_batch())
+    opt = MMParetoOptimizer(sgd(model.parameters()), {"both": [model.audio, model.visual]})
+    opt.backward({**losses, "more": losses["mm"] * 2})
+    assert "both     mm, audio, visual, more  220 " in str(opt.blocks)
