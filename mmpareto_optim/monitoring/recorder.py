@@ -9,7 +9,7 @@ from operator import itemgetter
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from mmpareto_optim.monitoring.history import BlockHistory, RecordedStep
 from mmpareto_optim.monitoring.summary import Summary, summarize
@@ -64,8 +64,9 @@ class ConflictRecorder:
         self.epoch: int | None = None
         self.histories: dict[tuple[str, tuple[str, ...]], BlockHistory] = {}
         self._recorded = 0
-        # How many calls of record() each writer has the numbers of.
-        self._written: WeakKeyDictionary[ScalarWriter, int] = WeakKeyDictionary()
+        # By the id of a writer, as two may be equal: itself, and how many calls of record() it has.
+        self._writers: WeakValueDictionary[int, ScalarWriter] = WeakValueDictionary()
+        self._written: dict[int, int] = {}
         self._last_written = self._written_before = 0
 
     def record(self, source: HasStats, *_hook_arguments: object) -> None:
@@ -119,16 +120,18 @@ class ConflictRecorder:
 
         The columns are ``conflict``, ``harmful``, ``cosine``, ``scale``, ``coefficient/NAME`` and
         ``norm/NAME``, with ``-`` for ``+`` and ``_`` for what MLflow does not take. A new writer
-        gets everything; after :meth:`load_state_dict`, what the last call before ``state_dict()``
-        had not written.
+        gets everything; after :meth:`load_state_dict`, what some writer had not got before
+        ``state_dict()``.
         """
-        first = self._written.get(writer, self._written_before)
+        is_known = self._writers.get(id(writer)) is writer
+        first = self._written[id(writer)] if is_known else self._written_before
         for row in self._rows(SCALAR_COLUMNS, first):
             step, _, block, _ = (row.pop(name) for name in ("step", "epoch", "block", "objectives"))
             for column, value in row.items():
                 tag = f"{block}/{column}".replace("+", "-")
                 writer.add_scalar(re.sub(r"[^\w./ -]", "_", tag), float(value), step)
-        self._written[writer] = self._last_written = self._recorded
+        self._writers[id(writer)] = writer
+        self._written[id(writer)] = self._last_written = self._recorded
 
     def state_dict(self) -> dict[str, Any]:
         """All that was recorded: plain values and tensors, for ``torch.save``."""
@@ -136,7 +139,7 @@ class ConflictRecorder:
             "step": self.step,
             "epoch": self.epoch,
             "recorded": self._recorded,
-            "written": self._last_written,
+            "written": min((self._written[i] for i in self._writers), default=self._last_written),
             "histories": [history.state_dict() for history in self.histories.values()],
         }
 
@@ -146,7 +149,7 @@ class ConflictRecorder:
         self.histories = {(history.block, history.objectives): history for history in histories}
         self.step, self.epoch = state_dict["step"], state_dict["epoch"]
         self._recorded = state_dict["recorded"]
-        self._written = WeakKeyDictionary()
+        self._writers, self._written = WeakValueDictionary(), {}
         self._last_written = self._written_before = state_dict["written"]
 
     # Copied and pickled as its state: writers, and weak references to them, cannot be.

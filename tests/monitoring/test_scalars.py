@@ -1,6 +1,7 @@
 """What was recorded, as curves for a writer."""
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,40 @@ def test_what_was_written_is_not_written_again_after_an_interruption() -> None:
     resumed.load_state_dict(recorder.state_dict())
     resumed.write_scalars(after)
     assert [step for _, _, step in after.points] == [2] * 8 + [3] * 8
+
+
+@dataclass(frozen=True)
+class Named:
+    """A writer that equals another of the same run, as those of some libraries do."""
+
+    run: str = "run"
+    points: list[tuple[str, float, int]] = field(default_factory=list, compare=False)
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.points.append((tag, scalar_value, global_step))
+
+
+def test_writers_that_are_equal_are_two() -> None:
+    recorder, one, other = ConflictRecorder(), Named(), Named()
+    assert one == other
+    for _ in range(2):
+        recorder.record(seen("a+b", ("a", "b")))
+        recorder.write_scalars(one)
+        recorder.write_scalars(other)
+    assert one.points == other.points
+    assert len(one.points) == 2 * 8
+
+
+def test_the_writer_that_lags_behind_misses_nothing_after_an_interruption() -> None:
+    recorder, often, seldom, resumed = ConflictRecorder(), Writer(), Writer(), ConflictRecorder()
+    for step in range(6):
+        recorder.record(seen("a+b", ("a", "b")))
+        recorder.write_scalars(often)
+        if step == 3:
+            recorder.write_scalars(seldom)
+    resumed.load_state_dict(recorder.state_dict())
+    resumed.write_scalars(seldom)
+    assert seldom.points == often.points
 
 
 class Fragile(Writer):
