@@ -265,7 +265,7 @@ def batches(split: Split, order: Tensor, size: int = BATCH_SIZE) -> Iterator[Spl
 
 def epochs(
     model: nn.Module,
-    optimizer: MMParetoOptimizer,
+    optimizer: torch.optim.Optimizer,
     split: Split,
     options: argparse.Namespace,
     take_step: Callable[[Split], object],

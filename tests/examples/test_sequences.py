@@ -1,6 +1,7 @@
 """UTD-MHAD and AVLetters: the data paths on arrays of the right shapes, and short runs."""
 
 import argparse
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
 
 import avletters
+import joint_only
 import utd_mhad
 from sequences import read_arrays, split_of
 
@@ -134,12 +136,39 @@ def test_where_a_subject_stands_changes_nothing(tiny: Path, tmp_path: Path) -> N
     torch.testing.assert_close(*inputs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("module", [utd_mhad, avletters])
+@pytest.mark.parametrize(
+    ("module", "file"),
+    [(utd_mhad, "utd_mhad.npz"), (avletters, "avletters.npz"), (joint_only, "utd_mhad.npz")],
+)
 def test_without_data_it_says_where_to_get_it(
-    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: Any, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused(module.main, "--data", str(tmp_path))
-    assert f"{tmp_path} should hold {module.__name__}.npz" in capsys.readouterr().err
+    assert f"{tmp_path} should hold {file}" in capsys.readouterr().err
+
+
+def accuracies_of(printed: str) -> dict[str, float]:
+    """What joint_only.py printed, by the way of training."""
+    found = re.findall(r"^(joint loss|uniform|mmpareto) +([\d.]+) ± ", printed, re.MULTILINE)
+    return {how: float(accuracy) for how, accuracy in found}
+
+
+def test_from_one_joint_loss(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    joint_only.main(["--data", str(tiny), "--quick", "--seeds", "2"])
+    printed = capsys.readouterr().out
+    assert list(accuracies_of(printed)) == ["joint loss", "uniform", "mmpareto"]
+    assert all(f"\n{block}  whole 0-1 " in printed for block in ("mm+inertial", "mm+skeleton"))
+
+
+def test_from_one_joint_loss_on_the_real_data(
+    data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not (data_dir / "utd_mhad.npz").is_file():
+        pytest.skip("no utd_mhad.npz in MMPARETO_DATA")
+    joint_only.main(["--data", str(data_dir), "--seeds", "1", "--epochs", "5"])
+    accuracies = accuracies_of(capsys.readouterr().out)
+    # One of 27 actions is 4 %.
+    assert min(accuracies.values()) > 30, accuracies
 
 
 def test_a_missing_array_is_named(tmp_path: Path) -> None:
