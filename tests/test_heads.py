@@ -301,6 +301,26 @@ def test_a_head_is_made_where_the_encoder_is() -> None:
     heads = UnimodalHeads(Joint().to("meta"), ENCODERS, 3)
     _, logits = heads(*(x.to("meta") for x in audio_visual_batch()[:2]))
     assert logits["audio"].is_meta
+    mixed = Joint()
+    mixed.visual.double()
+    made = UnimodalHeads(mixed, ENCODERS, 3).heads
+    dtypes = {name: next(head.parameters()).dtype for name, head in made.items()}
+    assert dtypes == {"audio": torch.float32, "visual": torch.float64}
+
+
+class Weightless(Joint):
+    """Its visual encoder has no parameters, and no precision of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Flatten())
+        self.mm_head = nn.Linear(13, 3)
+
+
+def test_an_encoder_may_have_no_parameters() -> None:
+    heads = UnimodalHeads(Weightless().double(), ENCODERS, 3)
+    _, logits = heads(*audio_visual_batch(dtype=torch.float64)[:2])
+    assert logits["visual"].dtype == torch.float64
 
 
 @pytest.fixture
