@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 from copy import deepcopy
-from time import perf_counter
 
 import numpy as np
 import torch
 from methods import Step
 from models import CLASSES, Inputs, LateFusion
-from step_time import CPU_CASES, ratio, setting
+from step_time import CASES as STEP_CASES
+from step_time import interleaved, ratio, setting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -77,7 +77,7 @@ def with_heads(model: Joint, inputs: Inputs, how: str) -> Step:
 
 def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
     """Seconds of each step."""
-    model, inputs = setting(case, torch.device("cpu"))
+    model, inputs = setting(case)
     joint = Joint(model)
     steps = {
         JOINT: joint_loss(deepcopy(joint), inputs),
@@ -85,22 +85,14 @@ def measure(case: str, rounds: int | None) -> dict[str, list[float]]:
         "heads, MMPareto": with_heads(deepcopy(joint), inputs, "exact"),
         "heads, MMPareto with features=": with_heads(deepcopy(joint), inputs, "features"),
     }
-    for _ in range(3):
-        for step in steps.values():
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    orders = np.random.default_rng(0)
-    for _ in range(rounds or CPU_CASES[case][-1]):
-        for name in orders.permutation(list(steps)):
-            started = perf_counter()
-            steps[name]()
-            seconds[name].append(perf_counter() - started)
-    return seconds
+    for step in [*steps.values()] * 3:
+        step()
+    return interleaved(steps, rounds or STEP_CASES[case][-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CPU_CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=STEP_CASES, default=CASES)
     parser.add_argument("--rounds", type=int, help="instead of each case's own number")
     options = parser.parse_args()
     for case in options.cases:
