@@ -133,15 +133,14 @@ class Differentiation:
         retain_graph: bool,
     ) -> Gradient:
         """The gradient of a loss, or of the sum of several, at some tensors."""
-        what = f"loss {names[0]!r}" if len(names) == 1 else f"the sum of {list(names)}"
+        losses = [backward.losses[name] for name in names]
         try:
-            losses = [backward.losses[name] for name in names]
             with switched(backward.autocast, on=True):
                 gradient = backward.processes.differentiate(losses, targets, others, retain_graph)
         except Exception as error:
-            raise_explained(error, what)
+            raise_explained(error, _title(names))
         self._functions_call_backward |= add_what_functions_wrote(gradient, targets)
-        check_dense(what, gradient, targets, backward.describe)
+        check_dense(names, gradient, targets, backward.describe)
         return gradient
 
     def _leaves_to_pass_through(self, backward: Backward) -> Sequence[Tensor]:
@@ -156,6 +155,10 @@ class Differentiation:
         leaves = leaves_beside(backward.params, backward.losses)
         self.watch.note_unheld(leaves)
         return list(leaves)
+
+
+def _title(names: Sequence[str]) -> str:
+    return f"loss {names[0]!r}" if len(names) == 1 else f"the sum of {list(names)}"
 
 
 def local_forms(backward: Backward) -> tuple[Form, ...]:
@@ -280,7 +283,7 @@ def by_autograd(
 
 
 def check_dense(
-    what: str, gradient: Gradient, params: Sequence[Tensor], describe: Describe
+    names: Sequence[str], gradient: Gradient, params: Sequence[Tensor], describe: Describe
 ) -> None:
     """Raise TypeError for a sparse gradient; names the loss and the parameter."""
     layouts = [torch.strided if piece is None else piece.layout for piece in gradient]
@@ -289,6 +292,6 @@ def check_dense(
             p for p, layout in zip(params, layouts, strict=True) if layout != torch.strided
         )
         raise TypeError(
-            f"{what} gives a sparse gradient for {describe(param)}; only dense "
+            f"{_title(names)} gives a sparse gradient for {describe(param)}; only dense "
             "gradients can be integrated: build the embedding with sparse=False"
         )

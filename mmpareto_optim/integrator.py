@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn import UninitializedParameter
 
 from mmpareto_optim.accumulation import (
     GradAccumulator,
@@ -167,7 +167,7 @@ class GradientIntegrator:
                 losses, params, processes, constants, retain_graph, keeps, self._describe, autocast
             )
             rules_before = self._rules if earlier is None else earlier.rules_before
-            rules = deepcopy(rules_before)
+            rules = deepcopy(rules_before) if rules_before else {}
             seen, stats = Seen(params), dict[str, BlockStats]()
             with grads_set_aside(params) as before, switched(autocast, on=False):
                 if features is None:
@@ -193,11 +193,14 @@ class GradientIntegrator:
                 # Whichever of the two wrote .grad goes on, wherever an interrupt comes.
                 self._windows = (window, *self._windows)
                 window.write(gradients, processes, keep=keep)
-        self._windows = (window,) if keep else ()
-        self._rules = rules
-        self.stats, self._seen = stats, seen
-        self.has_integrated = True
-        self.most_losses = max(self.most_losses, len(losses))
+        vars(self).update(  # all or none, wherever an interrupt comes
+            stats=stats,
+            has_integrated=True,
+            most_losses=max(self.most_losses, len(losses)),
+            _seen=seen,
+            _rules=rules,
+            _windows=(window,) if keep else (),
+        )
 
     def _checked(
         self,
@@ -257,11 +260,7 @@ class GradientIntegrator:
 
     @property
     def blocks(self) -> Blocks:
-        """What the last backward found to be one block; printing it is a table.
-
-        For each block its objectives and parameters, heads included; empty before the first
-        backward.
-        """
+        """What the last backward found to be one block, heads included; printed as a table."""
         return block_table(self._seen, self.param_groups)
 
     @property
@@ -293,7 +292,7 @@ class GradientIntegrator:
     def _trainable(self) -> list[Tensor]:
         # A parameter that is listed twice counts once, one of a lazy module once it is there.
         held = dict.fromkeys(self._held())
-        return [param for param in held if param.requires_grad and not is_lazy(param)]
+        return [p for p in held if p.requires_grad and type(p) is not UninitializedParameter]
 
     def _describe(self, wanted: Tensor) -> str:
         return describe(wanted, self.param_groups)

@@ -263,7 +263,7 @@ def unflatten(flats: Sequence[tuple[Span, Tensor]]) -> dict[int, Tensor]:
         pieces = [flat.new_empty(size, dtype=dtype) for size in sizes]
         found.update(zip(span.positions, zip(span.forms, pieces, strict=True), strict=True))
         new += pieces
-        old += flat.split(sizes)
+        old += flat.split_with_sizes(sizes)
     for new, old in copies.values():
         torch._foreach_copy_(new, old)
     return {position: form.restored(piece) for position, (form, piece) in found.items()}

@@ -58,6 +58,8 @@ class Watch:
 
         A model may have been built anew, or its parameters replaced.
         """
+        if all(self.layouts.get(name) is row.layout for name, row in rows.items()):
+            return
         is_lost = any(_has_lost(row.layout, self.layouts.get(name)) for name, row in rows.items())
         if len(self.layouts) > MOST_NAMES:
             self.layouts = {}
@@ -119,7 +121,7 @@ class Watch:
 
 
 def _has_lost(now: Layout, before: Layout | None) -> bool:
-    if before is None or now is before or len(now.given) != len(before.given):
+    if before is None or len(now.given) != len(before.given):
         return False
     return any(b and not n for n, b in zip(now.given, before.given, strict=True))
 

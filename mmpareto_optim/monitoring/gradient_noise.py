@@ -126,7 +126,7 @@ def _gradients_of(
         retain = name != next(iter(losses))
         found[name] = by_autograd([losses[name]], params, retain_graph=retain)
         add_what_functions_wrote(found[name], params)
-        check_dense(f"loss {name!r}", found[name], params, describe)
+        check_dense([name], found[name], params, describe)
     return {name: found[name] for name in losses}
 
 
