@@ -44,9 +44,7 @@ class Backward(NamedTuple):
 class Differentiation:
     """Differentiates one loss after the other; remembers what graphs turned out to be like.
 
-    Args:
-        check: whether the first gradients are compared with the gradient of the summed losses.
-        watch: what warns of parameters that nobody holds.
+    With ``check`` the first ones are compared with the gradient of the summed losses.
     """
 
     def __init__(self, check: bool, watch: Watch) -> None:
@@ -62,8 +60,10 @@ class Differentiation:
         others = self._leaves_to_pass_through(backward)
         memory = self.memory(backward, forms)
         rows = {}
-        for name, gradient, is_last in self.gradients(backward, backward.params, others):
-            kept = memory.kept(name, gradient, is_last=is_last)
+        check = self.check_of(backward, backward.params)
+        for name, gradient, is_last in self.gradients(backward, backward.params, others, check):
+            # The pass of a check comes after all, and may write over what is in its way.
+            kept = () if check is not None else memory.kept(name, gradient, is_last=is_last)
             rows[name] = averaged_row(backward.processes, name, forms, gradient, kept)
             memory.learn(gradient, rows[name])
             del gradient  # autograd's own tensors, before the next pass makes more of them
@@ -81,7 +81,11 @@ class Differentiation:
         return ForeignMemory(backward, forms, self._may_stay)
 
     def gradients(
-        self, backward: Backward, targets: Sequence[Tensor], others: Sequence[Tensor]
+        self,
+        backward: Backward,
+        targets: Sequence[Tensor],
+        others: Sequence[Tensor],
+        check: SumCheck | None,
     ) -> Iterator[tuple[str, Gradient, bool]]:
         """Each loss's gradient at some tensors, by its name, and whether it is the last.
 
@@ -90,7 +94,6 @@ class Differentiation:
         """
         processes, losses = backward.processes, backward.losses
         names = processes.losses_of_all(losses, backward.constants)
-        check = self._check_of(backward, targets)
         for name in reversed(names):
             gradient: Gradient = [None] * len(targets)
             if name in losses:  # otherwise another process has it
@@ -114,12 +117,12 @@ class Differentiation:
             )
             self._checked |= set(losses) if is_done else set()
 
-    def _check_of(self, backward: Backward, targets: Sequence[Tensor]) -> SumCheck | None:
+    def check_of(self, backward: Backward, targets: Sequence[Tensor]) -> SumCheck | None:
         """What compares gradients of losses for the first time, as often as it takes."""
         is_known = len(backward.losses) < 2 or backward.losses.keys() <= self._checked
-        if is_known or not self._checks_left or backward.processes.shares is not None:
-            return None
-        if is_capturing() or any(target.is_meta for target in targets):
+        has_values = not (is_capturing() or any(target.is_meta for target in targets))
+        is_whole = backward.processes.shares is None
+        if is_known or not (self._checks_left and has_values and is_whole):
             return None
         self._checks_left -= 1
         return SumCheck(forms_of([backward.processes.local(target) for target in targets]))
@@ -217,7 +220,9 @@ class ForeignMemory:
         for position, (piece, copy) in self._learning.items():
             flat, param = self._forms[position].flat(piece), id(self._params[position])
             newer = gradient[position]
-            is_reused = newer is not None and newer.data_ptr() == piece.data_ptr()
+            if newer is None:  # nothing that could have written over it
+                continue
+            is_reused = newer.data_ptr() == piece.data_ptr()
             is_intact = not is_reused and bool(((flat == copy) | (flat != flat)).all())
             self._may_stay[param] = self._may_stay.get(param, True) and is_intact
         for position in self._long:

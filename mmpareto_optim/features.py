@@ -54,7 +54,9 @@ def rows_through(
     targets = [*outputs, *(params[position] for position in paths.heads)]
     rows, rows_at = {}, {}
     with hooks_set_aside(outputs):
-        for name, found, _ in differentiation.gradients(backward, targets, paths.others_before):
+        check = differentiation.check_of(backward, targets)
+        passes = differentiation.gradients(backward, targets, paths.others_before, check)
+        for name, found, _ in passes:
             at, gradient = found[: len(outputs)], paths.at_heads(found[len(outputs) :])
             del found
             row = flatten(forms_at, at)
