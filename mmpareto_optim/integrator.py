@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import UninitializedParameter
 
-from mmpareto_optim.accumulation import (
-    GradAccumulator,
-    autocast_around,
-    grads_set_aside,
-    switched,
-)
+from mmpareto_optim.accumulation import GradAccumulator, autocast_around, grads_set_aside, switched
 from mmpareto_optim.autograd import Backward, Differentiation, Rows
 from mmpareto_optim.blocks import Reach, blocks_of
 from mmpareto_optim.distributed.single import Processes, ProcessSelection
@@ -37,9 +32,12 @@ from mmpareto_optim.param_groups import (
     check_held,
     describe,
     parameters_by_modality,
+    positions_by_modality,
 )
+from mmpareto_optim.rows import uncompiled
 from mmpareto_optim.rules.named import Rule
 from mmpareto_optim.stats import BlockStats, StatsByBlock
+from mmpareto_optim.total import total_of
 from mmpareto_optim.types import Features, Losses
 from mmpareto_optim.watch import Watch
 
@@ -118,6 +116,7 @@ class GradientIntegrator:
         self.forget()
 
     __setattr__ = set_attribute
+    total = total_of
 
     def forget(self) -> None:
         """Forget the last steps: what has accumulated and what the losses have reached."""
@@ -140,10 +139,8 @@ class GradientIntegrator:
         retain_graph: bool = False,
     ) -> None:
         """As :meth:`MMParetoOptimizer.backward`."""
-        run = self.integrate
-        if torch.compiler.is_compiling():  # the graph is broken around the integration
-            run = torch.compiler.disable(run)
-        run(losses, features, param_groups_by_modality, retain_graph, keep=True)
+        integrate = uncompiled(self.integrate)
+        integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
 
     def integrate(
         self,
@@ -163,8 +160,9 @@ class GradientIntegrator:
             constants = partial(self._constants, params, modalities, features)
             keeps = keep or earlier is not None
             autocast = autocast_around(params)
+            name_of = partial(describe, groups=self.param_groups)
             backward = Backward(
-                losses, params, processes, constants, retain_graph, keeps, self._describe, autocast
+                losses, params, processes, constants, retain_graph, keeps, name_of, autocast
             )
             rules_before = self._rules if earlier is None else earlier.rules_before
             rules = deepcopy(rules_before) if rules_before else {}
@@ -202,6 +200,17 @@ class GradientIntegrator:
             _windows=(window,) if keep else (),
         )
 
+    def check_given(
+        self, losses: Any, features: Any, by_hand: Mapping[str, Any] | None
+    ) -> tuple[Losses, Modalities | None]:
+        """Raise, on all processes, for wrong arguments; the losses and the blocks by hand."""
+        processes = self._selection.of(self._trainable())
+        with processes.failing_together():
+            return self._checked(losses, features, by_hand, processes)
+
+    def _current(self) -> "GradientIntegrator":
+        return self
+
     def _checked(
         self,
         losses: Any,
@@ -233,14 +242,10 @@ class GradientIntegrator:
     ) -> tuple[tuple[str, object], ...]:
         """What ranks that train one model have in common, by the names of error messages."""
         rule = (self._options.rule_name, self._options.factor, self._options.rescale)
-        by_hand = tuple(
-            (name, tuple(i for i, param in enumerate(params) if param in members))
-            for name, members in (modalities or {}).items()
-        )
         return (
             ("trainable parameters", tuple((param.shape, param.dtype) for param in params)),
             ("integration, gamma or rescale", rule),
-            ("param_groups_by_modality", by_hand),
+            ("param_groups_by_modality", positions_by_modality(modalities or {}, params)),
             ("features", None if features is None else tuple(features)),
             ("reduce_dtype and check", (self._selection.reduce_dtype, self._check)),
         )
@@ -293,6 +298,3 @@ class GradientIntegrator:
         # A parameter that is listed twice counts once, one of a lazy module once it is there.
         held = dict.fromkeys(self._held())
         return [p for p in held if p.requires_grad and type(p) is not UninitializedParameter]
-
-    def _describe(self, wanted: Tensor) -> str:
-        return describe(wanted, self.param_groups)

@@ -187,7 +187,7 @@ def warn_of_nothing_to_integrate(losses: int) -> None:
     )
     none = (
         "never given losses, so it does what its base does: call step(losses={...}), or "
-        "backward({...}) and step()"
+        "backward({...}) and step(), or total({...}).backward() without inputs="
     )
     warn(f"this MMParetoOptimizer has stepped 10 times and was {one if losses else none}")
 

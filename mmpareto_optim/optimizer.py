@@ -24,13 +24,10 @@ from mmpareto_optim.messages import (
     warn_of_nothing_to_integrate,
 )
 from mmpareto_optim.optimizer_list import as_one
-from mmpareto_optim.options import (
-    Rescale,
-    RuleChoice,
-    no_attribute,
-    set_attribute,
-)
+from mmpareto_optim.options import Rescale, RuleChoice, no_attribute, set_attribute
+from mmpareto_optim.rows import uncompiled
 from mmpareto_optim.stats import BlockStats
+from mmpareto_optim.total import total_of
 from mmpareto_optim.types import Losses
 
 if TYPE_CHECKING:  # not in every build
@@ -153,9 +150,7 @@ class MMParetoOptimizer(Optimizer):
             TypeError: arguments that do not go together, or no closure for a base that needs one.
             RuntimeError: a base that differentiates gradients once more; as :meth:`backward`.
         """
-        is_compiling = torch.compiler.is_compiling()  # the graph is broken around the integration
-        step = torch.compiler.disable(self._stepped) if is_compiling else self._stepped
-        return step(closure, losses, features, param_groups_by_modality)
+        return uncompiled(self._stepped)(closure, losses, features, param_groups_by_modality)
 
     def _stepped(
         self,
@@ -231,12 +226,10 @@ class MMParetoOptimizer(Optimizer):
 
         After an exception parameters, ``.grad`` and the base optimizer are as before the call.
         """
-        # An optimizer of Lightning's inherits these methods, and holds the one that is meant.
-        is_own = not isinstance(self.optimizer, MMParetoOptimizer)
-        owner: Any = self._current() if is_own else self.optimizer
-        by_hand = param_groups_by_modality
-        options = {"features": features, "param_groups_by_modality": by_hand}
-        owner.backward(losses, **options, retain_graph=retain_graph)
+        integrate = uncompiled(self._current().integrate)
+        integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
+
+    total = total_of
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
@@ -293,6 +286,9 @@ class MMParetoOptimizer(Optimizer):
         self.__dict__.update(state)
 
     def _current(self) -> GradientIntegrator:
+        # An optimizer of Lightning's inherits these methods, and holds the one that is meant.
+        if isinstance(self.optimizer, MMParetoOptimizer):
+            return self.optimizer._current()
         # The base's list may be another by now, as after load_state_dict().
         self._integrator.param_groups = self.optimizer.param_groups
         if not self._integrator.has_integrated:

@@ -100,9 +100,9 @@ def is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping) or (has_both and not isinstance(value, Tensor))
 
 
-def check_losses(losses: Any) -> dict[str, Tensor]:
+def check_losses(losses: Any, *, need_graph: bool = True) -> dict[str, Tensor]:
     """The losses as a dict; raises unless they map names to scalars that have a graph."""
-    if torch.is_inference_mode_enabled():
+    if need_graph and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "gradients made under torch.inference_mode() are of no use to an optimizer: call "
             "step() and backward() outside of it"
@@ -133,7 +133,7 @@ def check_losses(losses: Any) -> dict[str, Tensor]:
                 f"loss {name!r} is complex, and has no direction in which it falls: take its "
                 ".abs() or its .real"
             )
-        if not loss.requires_grad:
+        if need_graph and not loss.requires_grad:
             raise ValueError(
                 f"loss {name!r} has no graph, so it has no gradient: compute it from the model's "
                 "output outside torch.no_grad() and without .detach(), or leave it out of losses"

@@ -96,6 +96,14 @@ def parameters_by_modality(groups: Any, held: Sequence[Mapping[str, Any]]) -> Mo
     return modalities
 
 
+def positions_by_modality(modalities: Modalities, params: Sequence[Tensor]) -> object:
+    """Each modality's name, and where its members stand among some parameters."""
+    return tuple(
+        (name, tuple(i for i, param in enumerate(params) if param in members))
+        for name, members in modalities.items()
+    )
+
+
 def check_held(modalities: Modalities, held: Iterable[Tensor]) -> None:
     """Raise ValueError if a trainable parameter of a modality is not held."""
     known = set(held)

@@ -7,15 +7,18 @@ be read, until the step ends. Rows are in at least float32, whatever the dtype o
 complex numbers count as pairs of real ones.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 from operator import or_
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmpareto_optim.types import Gradient
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LONG, LONG_ON_DEVICE = 2**15, 2**20
 """Numbers of a gradient from which it is not copied in among others, and may stay where it is.
@@ -276,6 +279,11 @@ def gradient_dtype(param: Tensor) -> torch.dtype:
 
 
 _form = lru_cache(maxsize=4096)(Form)
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, around which ``torch.compile`` breaks its graph."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def is_capturing() -> bool:

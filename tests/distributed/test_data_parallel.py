@@ -820,3 +820,54 @@ def check_kinds() -> None:
 
 def test_any_dtype_shape_and_memory_format(two: Processes) -> None:
     two(check_kinds)
+
+
+def check_totals(ddp: Options, accumulate: bool) -> None:
+    """As a trainer has it: micro-batches under ``no_sync``, a factor on the total."""
+    whole = Model()
+    model = deepcopy(whole)
+    reference, opt = alone(whole), sgd(model)
+    called = DistributedDataParallel(model, **ddp)
+    for number, batch in enumerate(batches(4), start=1):
+        is_last = not accumulate or number % 2 == 0
+        with nullcontext() if is_last else called.no_sync():
+            (opt.total(called(*share(batch))) / 2).backward()
+        reference.backward({name: loss / 2 for name, loss in whole(*batch).items()})
+        if is_last:
+            for each in (reference, opt):
+                each.step()
+                each.zero_grad()
+            assert_trained_alike(opt, reference)
+
+
+@pytest.mark.parametrize(
+    ("ddp", "accumulate"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"find_unused_parameters": True}, False),
+        ({"find_unused_parameters": True}, True),
+        ({"static_graph": True}, False),
+    ],
+)
+def test_totals(two: Processes, ddp: Options, accumulate: bool) -> None:
+    two(check_totals, ddp, accumulate)
+
+
+def check_a_wrong_total() -> None:
+    model = Model()
+    opt = sgd(model)
+    losses: dict[str, Any] = {**model.losses(share(batches(1)[0]))}
+    if dist.get_rank() == 0:
+        with pytest.raises(TypeError, match="loss 'audio' is None"):
+            opt.total({**losses, "audio": None})  # type: ignore[dict-item]
+    else:
+        with pytest.raises(RuntimeError, match=r"failed on rank 0.*loss 'audio' is None"):
+            opt.total(losses).backward()
+    assert all(param.grad is None for param in model.parameters())
+    opt.total(model.losses(share(batches(1)[0]))).backward()
+    assert_same_on_all_ranks(*grads(model))
+
+
+def test_a_wrong_total_on_one_rank_is_told_on_all(two: Processes) -> None:
+    two(check_a_wrong_total)
