@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mmpareto_optim.around import class_around
 from mmpareto_optim.base_optimizer import (
     check_step,
     forwarded_hook,
@@ -230,6 +231,7 @@ class MMParetoOptimizer(Optimizer):
         integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
 
     total = total_of
+    around = classmethod(class_around)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the base does, and what has accumulated."""
