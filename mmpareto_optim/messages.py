@@ -260,8 +260,8 @@ MENDS = {
     ),
     "fabric.backward(loss)": (
         " comes from a module that Fabric set up, whose outputs refuse every backward but "
-        "Fabric's with this precision: compute it with the model itself, under "
-        "fabric.autocast()"
+        "Fabric's with this precision: call fabric.backward(opt.total(losses)), or compute it "
+        "with the model itself, under fabric.autocast()"
     ),
     "engine.backward(loss)": (
         " comes from a DeepSpeed engine, whose outputs refuse every backward but the engine's: "

@@ -1,6 +1,5 @@
 """What the tests of frameworks share: how Accelerate and the Hugging Face Trainer are driven."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,10 @@ from torch import nn
 
 
 def accelerated(accelerator: Any, model: Any, opt: Any, batches: Any, schedule: Any) -> None:
-    """One epoch as Accelerate's documentation has it, each loss a part of the accumulation."""
+    """One epoch as Accelerate's documentation has it, with a total as its loss."""
     for batch in batches:
         with accelerator.accumulate(model):
-            steps = accelerator.gradient_accumulation_steps
-            losses = {name: loss / steps for name, loss in model.losses(batch).items()}
-            opt.optimizer.backward(losses)
+            accelerator.backward(opt.optimizer.total(model.losses(batch)))
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 0.1)
             opt.step()
@@ -22,18 +19,26 @@ def accelerated(accelerator: Any, model: Any, opt: Any, batches: Any, schedule: 
 
 
 def hf_trainer(model: nn.Module, folder: Path, options: dict[str, Any], **given: Any) -> Any:
-    """The example's trainer with SGD in the order of the data, and ``options`` on top."""
-    from transformers import TrainingArguments
+    """The recipe's trainer, in the order of the data, with ``options`` on top."""
+    from transformers import Trainer, TrainingArguments
 
-    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
-    try:
-        from hf_trainer import MMParetoTrainer
-    finally:
-        sys.path.pop(0)
+    class WithTotals(Trainer):  # type: ignore[misc]
+        """Its model's output holds the losses, and features where it integrates at them."""
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+        ) -> Any:
+            output = model(**inputs)
+            losses, features = output.pop("losses"), output.pop("features", None)
+            losses = {name: loss for name, loss in losses.items() if loss is not None}
+            if model.training:  # with an optimizer, which Accelerate has wrapped
+                total = self.optimizer.optimizer.total(losses, features=features)
+            else:
+                total = sum(losses.values())
+            return (total, output) if return_outputs else total
+
     settings = {
         "max_grad_norm": 0.1,
-        "optim": "sgd",
-        "optim_args": "momentum=0.9",
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
@@ -41,4 +46,4 @@ def hf_trainer(model: nn.Module, folder: Path, options: dict[str, Any], **given:
     }
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
     arguments = TrainingArguments(str(folder), **quiet, **{**settings, **options})
-    return MMParetoTrainer(model, arguments, **given)
+    return WithTotals(model, arguments, **given)

@@ -60,11 +60,9 @@ def assert_same(found: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(parameters(found), parameters(expected), rtol=0, atol=0)
 
 
-def train(fabric: Any, model: Called, prepared: Any, ours: Any, count: int = 4) -> None:
+def train(fabric: Any, prepared: Any, ours: Any, count: int = 4) -> None:
     for batch in batches(count):
-        with fabric.autocast():
-            losses = model.losses(batch)
-        ours.backward(losses)
+        fabric.backward(ours.total(prepared(*batch)))
         fabric.clip_gradients(prepared, ours, max_norm=0.1)
         ours.step()
         ours.zero_grad()
@@ -77,7 +75,7 @@ def test_it_trains_as_by_hand(optimizer_of: Any, precision: Any) -> None:
     plain = deepcopy(model)
     fabric = Fabric(accelerator="cpu", precision=precision)
     prepared, ours = fabric.setup(model, optimizer_of(model))
-    train(fabric, model, prepared, ours)
+    train(fabric, prepared, ours)
     opt = optimizer_of(plain)
     for batch in batches():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -118,14 +116,12 @@ def test_float16_with_a_scaler() -> None:
     plain = deepcopy(model)
     plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**8))
     fabric = Fabric(accelerator="cpu", plugins=plugin)
-    _, ours = fabric.setup(model, momentum(model))
+    prepared, ours = fabric.setup(model, momentum(model))
     opt, scaler = momentum(plain), GradScaler("cpu", init_scale=2.0**8)
     for number, batch in enumerate(batches()):
         factor = torch.inf if number == 1 else 1.0  # a step that is skipped
-        with fabric.autocast():
-            losses = model.losses(batch)
-        scale = fabric.strategy.precision.scaler.scale
-        ours.backward({name: scale(loss * factor) for name, loss in losses.items()})
+        losses = prepared(*batch)
+        fabric.backward(ours.total({name: loss * factor for name, loss in losses.items()}))
         ours.step()
         ours.zero_grad()
         with torch.autocast("cpu", torch.float16):
@@ -140,20 +136,20 @@ def test_float16_with_a_scaler() -> None:
 def test_a_checkpoint_resumes(tmp_path: Path) -> None:
     model, fabric = Called(), Fabric(accelerator="cpu")
     prepared, ours = fabric.setup(model, several(model))
-    train(fabric, model, prepared, ours)
+    train(fabric, prepared, ours)
     fabric.save(tmp_path / "now.ckpt", {"model": prepared, "optimizer": ours})
-    train(fabric, model, prepared, ours)
+    train(fabric, prepared, ours)
     resumed = Called()
     prepared, ours = fabric.setup(resumed, several(resumed))
     fabric.load(tmp_path / "now.ckpt", {"model": prepared, "optimizer": ours})
-    train(fabric, resumed, prepared, ours)
+    train(fabric, prepared, ours)
     assert_same(resumed, model)
 
 
 def test_outputs_that_want_fabrics_backward_name_the_mend() -> None:
     model, fabric = Called(), Fabric(accelerator="cpu", precision="bf16-mixed")
     prepared, ours = fabric.setup(model, momentum(model))
-    with pytest.raises(RuntimeError, match=r"loss 'visual' .* fabric\.autocast\(\)"):
+    with pytest.raises(RuntimeError, match=r"loss 'visual' .* fabric\.backward\(opt\.total"):
         ours.backward(prepared(*batches(1)[0]))
     assert all(param.grad is None for param in model.parameters())
 
@@ -187,6 +183,11 @@ def test_hooks_of_fabric() -> None:
     fabric.backward(sum(prepared(*batches(1)[0]).values()))
     ours.step()
     assert noting.seen == ["hook of a tensor", "post-accumulate", "on_after_optimizer_step"]
+    ours.zero_grad()
+    noting.seen.clear()
+    fabric.backward(ours.total(prepared(*batches(1)[0])))
+    ours.step()
+    assert noting.seen == ["hook of a tensor"] * 2 + ["on_after_optimizer_step"]
     noting.seen.clear()
     fabric.call("on_after_backward")
     assert noting.seen == ["on_after_backward"]
@@ -195,7 +196,7 @@ def test_hooks_of_fabric() -> None:
 class Module(LightningModule):  # type: ignore[misc]
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.automatic_optimization = False
+        self.automatic_optimization = how == "automatic"
         self.model, self.how = Called(), how
         self.noting = Noting(self.model)
         for name in AROUND_A_STEP:
@@ -204,10 +205,13 @@ class Module(LightningModule):  # type: ignore[misc]
     def configure_optimizers(self) -> Any:
         return momentum(self.model)
 
-    def training_step(self, *batch: Any) -> None:
+    def training_step(self, *batch: Any) -> Tensor | None:
         self.noting.seen.clear()  # the first step may look at more
         opt: Any = self.optimizers()
         losses = self.model.losses(batches(1)[0])
+        if self.automatic_optimization:
+            total: Tensor = opt.total(losses)
+            return total
         if self.how == "manual_backward":
             self.manual_backward(sum(losses.values()))
         else:
@@ -216,13 +220,24 @@ class Module(LightningModule):  # type: ignore[misc]
             opt.optimizer.backward(losses)
         opt.step()
         opt.zero_grad()
+        return None
 
 
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
         (
-            "recipe",
+            "automatic",
+            [
+                "on_before_zero_grad",
+                "on_before_backward",
+                *["hook of a tensor"] * 2,
+                "on_after_backward",
+                "on_before_optimizer_step",
+            ],
+        ),
+        (
+            "manual",
             [*["on_before_backward"] * 3, *["hook of a tensor"] * 2, "on_before_optimizer_step"],
         ),
         (

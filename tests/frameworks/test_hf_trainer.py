@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 
 from mmpareto_optim import MMParetoOptimizer
@@ -149,7 +150,8 @@ def trainer_of(
         "remove_unused_columns": False,
     }
     data = {"train_dataset": rows, "eval_dataset": rows, "data_collator": collate}
-    return hf_trainer(model, folder, {**settings, **options}, **data, **(given or {}))
+    given = {"optimizers": (MMParetoOptimizer(sgd(model)), None)} if given is None else given
+    return hf_trainer(model, folder, {**settings, **options}, **data, **given)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -196,13 +198,21 @@ def encoders(model: Any) -> dict[str, nn.Module]:
     ],
     ids=["as it comes", "rescale", "named blocks"],
 )
-def test_two_towers(tmp_path: Path, options_of: Any, blocks: set[str]) -> None:
+@pytest.mark.parametrize("gives_a_class", [False, True])
+def test_two_towers(tmp_path: Path, options_of: Any, blocks: set[str], gives_a_class: bool) -> None:
+    """The Trainer divides the total by the steps of an accumulation, and clips."""
     model, rows = Towers(), captioned(16)
     plain = deepcopy(model)
-    given = {"mmpareto": options_of(model)}
+    given: dict[str, Any] = {
+        "optimizers": (MMParetoOptimizer(sgd(model), **options_of(model)), None)
+    }
+    if gives_a_class:
+        kind = MMParetoOptimizer.around(torch.optim.SGD, **options_of(model))
+        given = {"optimizer_cls_and_kwargs": (kind, {"lr": 0.1, "momentum": 0.9})}
     trainer = trainer_of(model, tmp_path, rows, given=given, gradient_accumulation_steps=2)
     trainer.train()
-    by_hand(plain, MMParetoOptimizer(sgd(plain), **options_of(plain)), batches_of(rows), 2)
+    opt = MMParetoOptimizer(sgd(plain), **options_of(plain))
+    by_hand(plain, opt, batches_of(rows), 2)
     assert_same(model, plain)
     assert set(trainer.optimizer.optimizer.stats) == blocks
 
@@ -239,32 +249,14 @@ def test_a_batch_without_a_modality_has_losses_that_are_none(tmp_path: Path) -> 
     assert "itm+global_contrastive+mmm_image+mmm_text" in opt.stats
 
 
-def test_a_batch_without_any_loss_is_told(tmp_path: Path) -> None:
-    class Silent(Towers):
-        def forward(self, *batch: Any, **inputs: Any) -> dict[str, Any]:
-            return {"losses": {"contrastive": None, "text": None}}
-
-    with pytest.raises(ValueError, match="all losses of the model are None: contrastive, text"):
-        trainer_of(Silent(), tmp_path, captioned(4)).train()
-
-
-def test_an_optimizer_that_was_replaced_is_told(tmp_path: Path) -> None:
-    model = Towers()
-    trainer = trainer_of(model, tmp_path, captioned(4))
-    trainer.create_optimizer()
-    trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", sgd(model))
-    with pytest.raises(TypeError, match=r"the optimizer is a SGD, .* use DDP or FSDP2"):
-        trainer.train()
-
-
 def test_the_mode_of_a_schedule_free_optimizer(tmp_path: Path) -> None:
     """It evaluates at averaged parameters, and trains on at its own."""
     schedulefree = pytest.importorskip("schedulefree")
     model, rows = Towers(), captioned(16)
     plain = deepcopy(model)
-    options = {"optim": "schedule_free_sgd", "optim_args": None, "weight_decay": 0.0}
+    averaging = MMParetoOptimizer(schedulefree.SGDScheduleFree(model.parameters(), lr=0.1))
     often = {"eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_of(model, tmp_path, rows, **options, **often)
+    trainer = trainer_of(model, tmp_path, rows, given={"optimizers": (averaging, None)}, **often)
     trainer.train()
 
     opt = MMParetoOptimizer(schedulefree.SGDScheduleFree(plain.parameters(), lr=0.1))
@@ -274,7 +266,7 @@ def test_the_mode_of_a_schedule_free_optimizer(tmp_path: Path) -> None:
         opt.eval()
         plain.eval()
         with torch.no_grad():
-            each = [plain(**batch)["loss"] for batch in batches_of(rows)]
+            each = [sum(plain(**batch)["losses"].values()) for batch in batches_of(rows)]
         evaluated.append(float(torch.stack(each).mean()))
         if len(evaluated) < 4:  # the last evaluation leaves the averaged parameters
             plain.train()
@@ -306,23 +298,6 @@ def test_metrics_are_of_the_logits_alone(tmp_path: Path) -> None:
     expected = float((logits.argmax(-1) == whole["labels"]).float().mean())
     assert found["eval_accuracy"] == pytest.approx(expected)
     assert found["eval_loss"] > 0
-
-
-def test_keys_that_are_ignored_stay_so(tmp_path: Path) -> None:
-    class Named(Towers):
-        def forward(
-            self, input_ids: Tensor, pixel_values: Tensor, labels: Tensor
-        ) -> dict[str, Any]:
-            out = super().forward(input_ids, pixel_values, labels)
-            return {**out, "hidden": out["logits"] + 1}
-
-    trainer = trainer_of(Named(), tmp_path, captioned(4), label_names=["labels"])
-    both = trainer.predict(trainer.eval_dataset).predictions
-    assert [each.shape for each in both] == [(4, 3), (4, 3)]
-    only = trainer.predict(trainer.eval_dataset, ignore_keys=["hidden"]).predictions
-    assert (only == both[0]).all()
-    trainer.model.config.keys_to_ignore_at_inference = ["logits"]
-    assert (trainer.predict(trainer.eval_dataset).predictions == both[1]).all()
 
 
 class Pairs(LateFusion):
@@ -365,6 +340,72 @@ def test_a_checkpoint_resumes(tmp_path: Path) -> None:
     assert_same(second, whole)
 
 
+def test_a_scaler(tmp_path: Path) -> None:
+    """Accelerate makes one on a GPU only; here it is handed the CPU's."""
+    model, rows = Pairs(), paired()
+    plain = deepcopy(model)
+    trainer = trainer_of(model, tmp_path, rows, max_grad_norm=0.0, **ACCUMULATING)
+    trainer.accelerator.scaler = GradScaler("cpu", init_scale=2.0**8)
+    trainer.train()
+    unscaled = trainer_of(plain, tmp_path, rows, max_grad_norm=0.0, **ACCUMULATING)
+    unscaled.train()
+    assert_same(model, plain)
+    norms, expected = (
+        each.optimizer.optimizer.stats["mm+audio"].norms for each in (trainer, unscaled)
+    )
+    torch.testing.assert_close(norms, expected * 2.0**8)
+
+
+def test_a_loss_function_in_place_of_a_subclass(tmp_path: Path) -> None:
+    """The Trainer hands it the labels, and leaves the mean over micro-batches to it."""
+
+    class Logits(LateFusion):
+        def forward(self, spec: Tensor, image: Tensor) -> dict[str, Tensor]:
+            audio, visual = self.audio(spec), self.visual(image)
+            joint = self.mm_head(torch.cat([audio, visual], dim=1))
+            logits = (joint, self.audio_head(audio), self.visual_head(visual))
+            return dict(zip(("mm", "audio", "visual"), logits, strict=True))
+
+    model, rows = Logits(), paired()
+    plain = deepcopy(model)
+    opt = MMParetoOptimizer(sgd(model))
+
+    def losses(logits: dict[str, Tensor], labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        return opt.total(
+            {
+                name: cross_entropy(value, labels, reduction="sum") / num_items_in_batch
+                for name, value in logits.items()
+            }
+        )
+
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "max_grad_norm": 0.1}
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        gradient_accumulation_steps=2,
+        label_names=["labels"],
+        **settings,
+    )
+    data = {"train_dataset": rows, "data_collator": collate}
+    transformers.Trainer(
+        model, arguments, optimizers=(opt, None), compute_loss_func=losses, **data
+    ).train()
+    oracle = MMParetoOptimizer(sgd(plain))
+    for batch in batches_of(rows, 16):
+        oracle.backward(plain.losses((batch["spec"], batch["image"], batch["labels"])))
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        oracle.step()
+        oracle.zero_grad()
+    torch.testing.assert_close([*model.parameters()], [*plain.parameters()])
+    assert list(opt.stats) == ["mm+audio", "mm+visual"]
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     model, rows = Pairs(), paired()
     exact = deepcopy(model)
@@ -375,12 +416,3 @@ def test_bfloat16(tmp_path: Path) -> None:
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, atol=0.02, rtol=0.05)
     assert any(not found.equal(expected) for found, expected in pairs)
-
-
-def test_a_model_without_losses_is_told_what_is_missing(tmp_path: Path) -> None:
-    class Summed(Pairs):
-        def forward(self, spec: Tensor, image: Tensor, labels: Tensor) -> dict[str, Any]:
-            return {"loss": self.losses((spec, image, labels))["mm"]}
-
-    with pytest.raises(TypeError, match="output must hold 'losses'"):
-        trainer_of(Summed(), tmp_path, paired(8), max_steps=1).train()

@@ -1,4 +1,4 @@
-"""Lightning's manual optimization, and its own machinery around it, against a loop by hand."""
+"""Lightning's optimization, automatic and manual, and what is around it, against a loop by hand."""
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -148,6 +148,98 @@ def test_max_steps_are_steps_of_the_wrapper(tmp_path: Path, configure: Configure
     assert_same(model, plain)
 
 
+class Automatic(Module):
+    """The recipe's module, whose training step returns a total."""
+
+    def __init__(self, model: LateFusion, configure: Configure = momentum) -> None:
+        super().__init__(model, configure)
+        self.automatic_optimization = True
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.optimizers().total(self.model.losses(batch))
+
+
+def stepped(model: nn.Module) -> Any:
+    opt = momentum(model)
+    schedule = lr_scheduler.StepLR(opt, step_size=2, gamma=0.5)
+    return {"optimizer": opt, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def built_by_a_class(model: nn.Module) -> Any:
+    return MMParetoOptimizer.around(SGD)(model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("configure", [momentum, several, stepped, built_by_a_class])
+def test_automatic_optimization(tmp_path: Path, configure: Configure, accumulate: int) -> None:
+    """Lightning divides the total by the batches of a step, clips, and steps the schedule."""
+    model = LateFusion()
+    plain = deepcopy(model)
+    module = Automatic(model, configure)
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 0.1}
+    trainer = trainer_of(tmp_path, **options)
+    trainer.fit(module, loader())
+    made = configure(plain)
+    opt = made["optimizer"] if isinstance(made, dict) else made
+    for number, batch in enumerate(loader(), start=1):
+        losses = plain.losses((batch[0], batch[1], batch[2]))
+        opt.backward({name: loss / accumulate for name, loss in losses.items()})
+        if number % accumulate == 0:
+            params = [param for group in opt.param_groups for param in group["params"]]
+            nn.utils.clip_grad_norm_(params, 0.1)
+            opt.step()
+            opt.zero_grad()
+            if isinstance(made, dict):
+                made["lr_scheduler"]["scheduler"].step()
+    assert_same(model, plain)
+    assert trainer.global_step == 8 / accumulate
+    assert list(trainer.optimizers[0].stats) == ["mm+audio", "mm+visual"]
+
+
+def test_automatic_optimization_in_float16(tmp_path: Path) -> None:
+    """Whose scaler skips a step of infinite gradients."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    class Overflowing(Automatic):
+        def training_step(self, batch: Any, index: int) -> Any:
+            factor = torch.inf if index == 1 else 1.0
+            losses = {name: loss * factor for name, loss in self.model.losses(batch).items()}
+            return self.optimizers().total(losses)
+
+    model = LateFusion()
+    plain = deepcopy(model)
+    plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**8))
+    trainer_of(tmp_path, plugins=plugin).fit(Overflowing(model), loader(4))
+    opt, scaler = momentum(plain), GradScaler("cpu", init_scale=2.0**8)
+    for index, batch in enumerate(loader(4)):
+        with torch.autocast("cpu", torch.float16):
+            losses = plain.losses((batch[0], batch[1], batch[2]))
+        factor = torch.inf if index == 1 else 1.0
+        opt.backward({name: scaler.scale(loss * factor) for name, loss in losses.items()})
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+    assert_same(model, plain)
+
+
+def test_automatic_optimization_resumes_and_finds_a_rate(tmp_path: Path) -> None:
+    start = LateFusion()
+    whole, first, second = (Automatic(deepcopy(start), stepped) for _ in range(3))
+    trainer_of(tmp_path, max_epochs=3).fit(whole, loader(4))
+    trainer = trainer_of(tmp_path, max_epochs=2, enable_checkpointing=True)
+    trainer.fit(first, loader(4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer_of(tmp_path, max_epochs=3).fit(second, loader(4), ckpt_path=tmp_path / "last.ckpt")
+    assert_same(second, whole)
+    rates = {"min_lr": 1e-4, "max_lr": 1.0, "num_training": 20, "early_stop_threshold": None}
+    trainer = trainer_of(tmp_path, max_epochs=20)
+    finder = L.pytorch.tuner.Tuner(trainer).lr_find(
+        Automatic(start), loader(), **rates, update_attr=False
+    )
+    assert len(finder.results["lr"]) == 20
+    assert finder.results["lr"][-1] > 0.5
+
+
 class TwoOptimizers(Module):
     """Each steps by itself; the integrator fills the gradients of both."""
 
@@ -256,7 +348,10 @@ class Clipped(Module):
         }
         if self.how == "step with losses":
             opt.step(losses=losses)
-        (opt if self.how == "directly" else opt.optimizer).backward(losses)
+        if self.how == "a total":
+            self.manual_backward(opt.total(self.model.losses(batch)))
+        else:
+            (opt if self.how == "directly" else opt.optimizer).backward(losses)
         opt.step()
         opt.zero_grad()
         self.lr_schedulers().step()
@@ -265,7 +360,7 @@ class Clipped(Module):
         self.clip_gradients(opt, 0.1, "norm")
 
 
-@pytest.mark.parametrize("how", ["the optimizer inside", "directly"])
+@pytest.mark.parametrize("how", ["the optimizer inside", "directly", "a total"])
 def test_manual_optimization(tmp_path: Path, how: str) -> None:
     model = LateFusion()
     plain = deepcopy(model)
@@ -284,14 +379,15 @@ def test_manual_optimization(tmp_path: Path, how: str) -> None:
     assert list(ours.stats) == ["mm+audio", "mm+visual"]
 
 
-def test_float16_with_a_scaler(tmp_path: Path) -> None:
-    """The losses must pass through pre_backward, as manual_backward's does."""
+@pytest.mark.parametrize("how", ["the optimizer inside", "a total"])
+def test_float16_with_a_scaler(tmp_path: Path, how: str) -> None:
+    """Single losses must pass through pre_backward; manual_backward does that to a total."""
     from lightning.pytorch.plugins import MixedPrecision
 
     model = LateFusion()
     plain = deepcopy(model)
     plugin = MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=2.0**8))
-    trainer_of(tmp_path, plugins=plugin).fit(Clipped(model), loader(4))
+    trainer_of(tmp_path, plugins=plugin).fit(Clipped(model, how), loader(4))
 
     (opt,), (schedule,) = scheduled(plain)
     scaler = GradScaler("cpu", init_scale=2.0**8)
