@@ -38,7 +38,7 @@ OPTIONAL = {
     "import lightning": "lightning",
     "from lightning.fabric": "lightning",
     "from torchjd": "torchjd",
-    "import TrainingArguments": "transformers",
+    "from transformers": "transformers",
     "UPGradWeighting": "quadprog",
 }
 # Of the compiler's own.
