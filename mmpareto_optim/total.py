@@ -26,9 +26,10 @@ def total_of(  # noqa: D417  # a method of both classes
     micro-batches) becomes a factor on every loss, and totals accumulate as ``backward`` does.
 
     A term that is added to a total is differentiated by itself, and its gradient is added without
-    being integrated. If it shares a graph with the losses, add it to one of them instead. The
-    gradients go to ``.grad`` only: ``torch.autograd.grad`` does not find them, and
-    ``backward(inputs=...)`` leaves them out. Under ``torch.no_grad()`` this is the plain sum.
+    being integrated; the next micro-batch is then added too, as after any change of ``.grad``. If
+    the term shares a graph with the losses, add it to one of them, or pass ``retain_graph=True``.
+    Gradients go to ``.grad`` only: ``torch.autograd.grad`` does not find them, and nothing is
+    filled by ``backward(inputs=...)``. Under ``torch.no_grad()`` this is the plain sum.
 
     Args:
         losses: as for :meth:`MMParetoOptimizer.backward`, and so are the others.
