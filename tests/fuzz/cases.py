@@ -1,15 +1,12 @@
-"""One case of the fuzzer: a network, an optimizer and what happens to them, drawn from a seed."""
+"""One case of the fuzzer: a network, an optimizer and what happens to them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from random import Random
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tests.fuzz.deliveries import AROUND_FEATURES
-from tests.fuzz.edits import EDITS
-from tests.fuzz.models import Network, Plan, draw_plan, reached
+from tests.fuzz.models import Plan
 from tests.fuzz.rules import Settings
 
 
@@ -18,7 +15,8 @@ class Micro:
     """A micro-batch: its data, what becomes of its losses, and the edit of ``.grad`` before it.
 
     ``edited`` is the share of the parameters that the edit touches; ``spoilt`` says that the
-    losses are not finite and that every ``.grad`` is set to None afterwards.
+    losses are not finite and that every ``.grad`` is set to None afterwards. ``changes`` are of
+    the parameters, by the moment; ``renamed`` are losses, by the name that they have otherwise.
     """
 
     data: int
@@ -26,11 +24,18 @@ class Micro:
     edit: str | None
     edited: float
     spoilt: bool
+    changes: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    shuffled: bool = False
 
 
 @dataclass
 class Case:
-    """All that is drawn from a seed."""
+    """All that is drawn from a seed.
+
+    ``autocast`` is the dtype of a region around the backward, ``labelled`` says what is of a
+    subclass of Tensor: the inputs or the losses.
+    """
 
     seed: int
     plan: Plan
@@ -46,6 +51,9 @@ class Case:
     twice: bool
     zero_grad: str
     steps: list[list[Micro]]
+    check: bool = False
+    autocast: torch.dtype | None = None
+    labelled: str = ""
 
     @property
     def settings(self) -> Settings:
@@ -70,78 +78,3 @@ def by_likeness(gram: Tensor) -> Tensor:
 
 
 CALLABLES: dict[str, Callable[[Tensor], Tensor]] = {"by_size": by_size, "by_likeness": by_likeness}
-
-
-def draw_case(seed: int) -> Case:
-    """Draws a case; the same seed gives the same case."""
-    chance = Random(seed)
-    dtype = chance.choice(["float32", "float32", "float64", "float64", "bfloat16", "mixed"])
-    plan = draw_plan(chance, dtype)
-    rule = chance.choice(["mmpareto"] * 4 + ["pareto", "pareto", "uniform", *CALLABLES])
-    way = chance.choice(["exact", "exact", "exact", "features", "modalities"])
-    features = _features(chance, plan) if way == "features" else []
-    if features and plan.delivery in AROUND_FEATURES:
-        plan.delivery = "apart"
-    disjoint = way == "modalities" and not plan.trunk
-    steps = chance.choice([1, 1, 2, 3])
-    return Case(
-        seed=seed,
-        plan=plan,
-        rule=rule,
-        gamma=chance.choice([None, None, 1.0, 1.5, 0.5, 2.0]),
-        tensorwise=rule == "mmpareto" and not features and chance.random() < 0.3,
-        features=features,
-        modalities=_some(chance, list(plan.kinds)) if disjoint else [],
-        at_each_call=chance.random() < 0.5,
-        base=chance.choice(["sgd", "momentum", "adam"]),
-        without_optimizer=chance.random() < 0.25,
-        # A hook on what no optimizer holds may run or not.
-        held=1.0 if plan.hooks else chance.choice([1.0, 1.0, 0.8]),
-        twice=chance.random() < 0.05,
-        zero_grad=chance.choice(["none", "none", "none", "to zero", "skipped"]),
-        steps=[_micros(chance, plan, features) for _ in range(steps)],
-    )
-
-
-def _features(chance: Random, plan: Plan) -> list[str]:
-    names = Network.names_of(plan)
-    trained = [k for k, z in _trained(plan).items() if z and reached(names, k)]
-    # A trunk that all share is behind every feature: without one of them losses go around it.
-    return trained if plan.trunk or len(trained) < 2 else _some(chance, trained)
-
-
-def _trained(plan: Plan) -> dict[str, bool]:
-    """Whether each modality's features need a gradient."""
-    model = Network(plan, 0)
-    batch = model.batch(0)
-    return {k: z.requires_grad for k, z in model.encode(batch).items()}
-
-
-def _some(chance: Random, names: list[str]) -> list[str]:
-    return names if chance.random() < 0.6 else chance.sample(names, chance.randint(1, len(names)))
-
-
-def _micros(chance: Random, plan: Plan, features: list[str]) -> list[Micro]:
-    count = chance.choice([1, 1, 1, 2, 3])
-    return [_micro(chance, plan, features, number) for number in range(count)]
-
-
-def _micro(chance: Random, plan: Plan, features: list[str], number: int) -> Micro:
-    names = Network.names_of(plan)
-    spoilt = number == 0 and chance.random() < 0.04
-    odd = {name: chance.choice(["left out", "zero", "saturated"]) for name in names}
-    fates = {name: fate for name, fate in odd.items() if chance.random() < 0.12}
-    if spoilt:
-        fates[chance.choice(names)] = chance.choice(["nan", "inf"])
-    left = [name for name in names if fates.get(name) != "left out"]
-    if not left or not all(reached(left, k) for k in features):
-        fates = {name: fate for name, fate in fates.items() if fate != "left out"}
-    # An edit before the first micro-batch finds a gradient that was never ours, or none.
-    edit = chance.choice(list(EDITS)) if chance.random() < (0.5 if number else 0.1) else None
-    return Micro(
-        data=chance.randrange(1 << 30),
-        fates=fates,
-        edit=edit,
-        edited=chance.choice([1.0, 1.0, 0.4]),
-        spoilt=spoilt,
-    )

@@ -1,38 +1,17 @@
 """Runs a case through the library and through the reference, and compares every ``.grad``."""
 
 import warnings
-from collections import Counter
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tests.fuzz import reference
 from tests.fuzz.cases import Case, Micro
+from tests.fuzz.compare import Comparison, DeviationError, Report
+from tests.fuzz.complaints import Complaints
 from tests.fuzz.edits import EDITS
-from tests.fuzz.reference import History, Outcome
-from tests.fuzz.rules import TOLERANCE, Array
-from tests.fuzz.sides import Library, Side
-
-
-class DeviationError(AssertionError):
-    """The library gave something else than the reference."""
-
-
-@dataclass
-class Report:
-    """What was compared: how often, how far it was apart at worst, and what was left out."""
-
-    compared: int = 0
-    worst: dict[str, float] = field(default_factory=dict)
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: "Report") -> None:
-        """Takes another report in."""
-        self.compared += other.compared
-        self.skipped.update(other.skipped)
-        for dtype, worst in other.worst.items():
-            self.worst[dtype] = max(worst, self.worst.get(dtype, 0.0))
+from tests.fuzz.history import History, Outcome
+from tests.fuzz.sides import Library, Side, autocast
 
 
 def run(case: Case) -> Report:
@@ -41,18 +20,22 @@ def run(case: Case) -> Report:
     Raises:
         DeviationError: The library and the reference differ.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _Run(case).through()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return _Run(case, Complaints(case, caught)).through()
 
 
 class _Run:
     """The library, a twin that uses ``step(losses=...)``, and the reference, step by step."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.report = case, Report()
+    def __init__(self, case: Case, complaints: Complaints) -> None:
+        self.case, self.complaints = case, complaints
+        # At features a last bit that differs is rounded to bfloat16 behind them.
+        self.comparison = Comparison(bool(case.autocast and case.features))
+        self.report = self.comparison.report
         self.ours, self.twin = Library(Side(case)), Library(Side(case))
-        self.theirs, self.history = Side(case), History()
+        self.theirs, self.history = Side(case, plain=True), History()
+        self.unchecked, self.counts_calls, self.is_over = case.check, True, False
         members = [set(self.theirs.model.encoders[k].parameters()) for k in case.modalities]
         held = self.theirs.parameters
         self.modalities = [[i for i, p in enumerate(held) if p in group] for group in members]
@@ -62,6 +45,8 @@ class _Run:
             self._zero_grad(self.case.zero_grad if number else "none")
             for at, micro in enumerate(micros):
                 self._micro(micro, last=at == len(micros) - 1)
+            if self.is_over:
+                break
             self._step()
         return self.report
 
@@ -79,66 +64,82 @@ class _Run:
             self._edit(micro)
         losses = self.ours.backward(micro)
         expected, at = self._reference(micro, losses)
-        self._compare(expected)
-        self._compare_kept(at)
-        self._compare_calls()
-        if last and not micro.spoilt and not self.twin.alone:
+        passed_often = self.theirs.model.regions.visits > 1
+        if passed_often:
+            self.report.leave_out("a region that several losses pass", len(expected))
+            self._go_on_from_ours()
+        else:
+            self._compare(expected)
+            self._compare_kept(at)
+            self._compare_calls(micro)
+        self._twin(micro, last)
+        self.complaints.look(micro, passed_often)
+        # What overwrites does so again in the next step.
+        self.is_over = passed_often and not self.case.plan.place.startswith("parameter")
+        if micro.spoilt:
+            for side in self.sides:
+                EDITS["none"](side.parameters)
+        self._change(micro, "after")
+
+    def _twin(self, micro: Micro, last: bool) -> None:
+        steps = last and not micro.spoilt and not self.twin.alone and "after" not in micro.changes
+        if steps:
             self.twin.step_on(micro)
         else:
             self.twin.backward(micro)
-        self.twin_stepped = last and not micro.spoilt and not self.twin.alone
-        if micro.spoilt:
-            for side in (self.ours.side, self.twin.side, self.theirs):
-                EDITS["none"](side.parameters)
+        self.twin_stepped = steps
+
+    @property
+    def sides(self) -> tuple[Side, Side, Side]:
+        return self.ours.side, self.twin.side, self.theirs
+
+    def _change(self, micro: Micro, moment: str) -> None:
+        """A change on all sides, of which the reference forgets what is replaced."""
+        for side in self.sides if moment == "after" else self.sides[2:]:
+            replaced = side.change(micro, moment)
+        for index in replaced:
+            self.history.forget(index)
 
     def _edit(self, micro: Micro) -> None:
-        unclear = [bool(side.edit(micro)) for side in (self.ours.side, self.twin.side, self.theirs)]
+        unclear = [bool(side.edit(micro)) for side in self.sides]
         self._same_grads("an edit of some gradients changed others")
         if any(unclear):
-            self.report.skipped["an edit that changes nothing"] += 1
+            self.report.leave_out("an edit that changes nothing")
             self._zero_grad("none")
 
     def _reference(
         self, micro: Micro, losses: dict[str, Tensor]
     ) -> tuple[dict[int, Outcome], list[Outcome]]:
         side, settings = self.theirs, self.case.settings
+        self._change(micro, "before")
         again, features = side.forward(micro, cut=bool(self.case.features))
         if any(not torch.equal(losses[k].nan_to_num(), again[k].nan_to_num()) for k in again):
             raise DeviationError("the losses differ before the backward: something was overwritten")
-        if features:
-            return reference.at_features(self.history, again, features, side.parameters, settings)
-        args = (again, side.parameters, settings, self.modalities)
-        return reference.exact(self.history, *args), []
+        self._change(micro, "in flight")
+        with autocast(self.case):
+            if features:
+                args = (features, side.parameters, settings)
+                found, at = reference.at_features(self.history, again, *args)
+            else:
+                rest = (side.parameters, settings, self.modalities)
+                found, at = reference.exact(self.history, again, *rest), []
+        self.passed = again, [*side.parameters, *(leaf for _, leaf in features)]
+        return found, at
 
     def _compare(self, expected: dict[int, Outcome]) -> None:
-        """Every ``.grad`` against the expected one; the reference goes on with the library's."""
-        found, theirs = self.ours.side.parameters, self.theirs.parameters
+        """Every ``.grad`` against the expected one."""
+        found = self.ours.side.parameters
         for index, outcome in expected.items():
-            self._compare_one(index, found[index], outcome)
-            grad = found[index].grad
-            theirs[index].grad = None if grad is None else grad.clone()
-        for index, parameter in enumerate(theirs):
+            self.comparison.gradient(self._name(found[index]), found[index], outcome)
+        self._go_on_from_ours()
+
+    def _go_on_from_ours(self) -> None:
+        """The reference goes on with the library's ``.grad``."""
+        pairs = zip(self.ours.side.parameters, self.theirs.parameters, strict=True)
+        for index, (found, parameter) in enumerate(pairs):
+            parameter.grad = None if found.grad is None else found.grad.clone()
             if parameter.grad is not None:
                 self.history.written[index] = (parameter.grad, parameter.grad.clone())
-
-    def _compare_one(self, index: int, parameter: Tensor, outcome: Outcome) -> None:
-        name = self._name(parameter)
-        grad, value = parameter.grad, outcome.value
-        if value is None or grad is None:
-            if value is not None or grad is not None:
-                raise DeviationError(f"{name}: .grad is {grad}, expected {value}")
-            return
-        if grad.dtype != parameter.dtype or grad.shape != parameter.shape:
-            raise DeviationError(f"{name}: .grad is {grad.dtype} {tuple(grad.shape)}")
-        got, wanted = reference.array(grad), torch.from_numpy(value)
-        if not wanted.isfinite().all():
-            if torch.from_numpy(got).isfinite().all():
-                raise DeviationError(f"{name}: a loss that was not finite left a finite .grad")
-            outcome.doubt = outcome.doubt or "not finite"
-        if outcome.doubt:
-            self.report.skipped[outcome.doubt] += 1
-            return
-        self._measure(name, parameter.dtype, got, outcome)
 
     def _compare_kept(self, at: list[Outcome]) -> None:
         """What ``retain_grad`` kept at the features: the integrated gradient, after hooks."""
@@ -149,29 +150,24 @@ class _Run:
                 if got is None or wanted is None:
                     raise DeviationError(f"retain_grad at {k}: {got}, expected {wanted}")
                 if not wanted.isfinite().all() and not got.isfinite().all():
-                    self.report.skipped["not finite"] += 1
+                    self.report.leave_out("not finite")
                     continue
                 # A hook on the feature may have stretched it by half.
                 kept = Outcome(reference.array(wanted), 1.5 * outcome.scale)
-                self._measure(f"retain_grad at {k}", got.dtype, reference.array(got), kept)
+                self.comparison.measure(
+                    f"retain_grad at {k}", got.dtype, reference.array(got), kept
+                )
 
-    def _measure(self, name: str, dtype: torch.dtype, found: Array, outcome: Outcome) -> None:
-        value = outcome.value
-        assert value is not None
-        apart = float(abs(found - value).max())
-        relative = apart / outcome.scale if outcome.scale > 0 else apart
-        if not relative <= TOLERANCE[dtype]:
-            raise DeviationError(
-                f"{name}: .grad off by {relative:.2g} of its largest term ({dtype})\n"
-                f"    found    {found.ravel()[:6]}\n    expected {value.ravel()[:6]}"
-            )
-        self.report.compared += 1
-        key = str(dtype).removeprefix("torch.")
-        self.report.worst[key] = max(relative, self.report.worst.get(key, 0.0))
-
-    def _compare_calls(self) -> None:
+    def _compare_calls(self, micro: Micro) -> None:
+        """How often hooks ran: once a loss, and once more where the first step is checked."""
+        losses, targets = self.passed
+        if self.unchecked and len(losses) > 1:
+            # Where not all was finite it is checked again in the next, or not, as it had met.
+            self.counts_calls &= not micro.spoilt
+            self.unchecked = False
+            reference.of_sum(losses, targets)
         ours, theirs = self.ours.side.model.calls, self.theirs.model.calls
-        for name in ours | theirs:
+        for name in ours | theirs if self.counts_calls else ():
             if ours[name] != theirs[name]:
                 raise DeviationError(f"hook on {name} ran {ours[name]} times, not {theirs[name]}")
 
@@ -192,8 +188,7 @@ class _Run:
                 raise DeviationError(f"{name}: step(losses=...) is not backward(losses), step()")
 
     def _same_grads(self, complaint: str) -> None:
-        sides = (self.ours.side, self.twin.side, self.theirs)
-        for group in zip(*(side.parameters for side in sides), strict=True):
+        for group in zip(*(side.parameters for side in self.sides), strict=True):
             grads = [torch.zeros(0) if p.grad is None else p.grad.nan_to_num() for p in group]
             if not all(torch.equal(grads[0], other) for other in grads[1:]):
                 raise DeviationError(f"{self._name(group[0])}: {complaint}")

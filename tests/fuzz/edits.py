@@ -56,7 +56,9 @@ def _clip(parameters: Sequence[Tensor]) -> None:
 
 
 def _penalty(parameters: Sequence[Tensor]) -> None:
-    torch.stack([p.double().square().sum() for p in parameters]).sum().mul(0.05).backward()
+    terms = [p.double().square().sum() for p in parameters if p.requires_grad]
+    if terms:
+        torch.stack(terms).sum().mul(0.05).backward()
 
 
 EDITS: dict[str, Edit] = {

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from tests.fuzz.functions import Added, NumpySine, SineAndCosine, applied
+from tests.fuzz.functions import Added, NumpySine, Replayed, SineAndCosine, applied
 
 INPUTS, LENGTH, TOKENS, FEATURES = 4, 5, 7, 4
+# Outputs of a layer whose weight is so large that the library need not copy its gradient.
+WIDE = 2**15 // INPUTS
+# How deep a graph is at least and at most that is drawn as one: the library walks 3,000 nodes.
+SHALLOWEST, DEEPEST = 3000, 6000
 
 
 class Apply(nn.Module):
@@ -125,6 +129,61 @@ class Attention(nn.Module):
         return torch.as_tensor(self.attend(x, x, x, need_weights=False)[0].mean(1))
 
 
+class Graphed(nn.Module):
+    """A layer that is replayed from a graph: its gradients lie in the same memory each time."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, INPUTS))
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.memory: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = applied(Replayed, x, self.weight, self.bias, self.memory)
+        return _pooled(torch.as_tensor(y))
+
+
+class Points(nn.Module):
+    """As many points as one likes, of which each input takes the nearest (Gaussian splatting)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(count, INPUTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(torch.softmax(x @ self.points.t(), 1) @ self.points)
+
+
+class Deep(nn.Module):
+    """A state that is carried on for thousands of operations (a long sequence, unrolled)."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.inside = nn.Linear(INPUTS, FEATURES)
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.tanh(self.inside(x))
+        for _ in range(self.count):
+            state = -state
+        return state
+
+
+def _pooled(y: Tensor) -> Tensor:
+    """Many outputs as few features."""
+    return torch.as_tensor(y.unflatten(1, (FEATURES, -1)).mean(2) * 3)
+
+
+def _graphed(chance: Random) -> nn.Module:
+    graphed = Graphed(WIDE if chance.random() < 0.4 else FEATURES)
+    below = [nn.Linear(INPUTS, INPUTS), nn.Tanh()] if chance.random() < 0.5 else []
+    return nn.Sequential(*below, graphed)
+
+
+def _wide(chance: Random) -> nn.Module:
+    return nn.Sequential(nn.Linear(INPUTS, WIDE), nn.Tanh(), Apply(_pooled))
+
+
 def _mlp(chance: Random) -> nn.Module:
     act = chance.choice([nn.ReLU, nn.Tanh, nn.GELU])()
     return nn.Sequential(
@@ -203,8 +262,15 @@ KINDS: dict[str, tuple[str, Callable[[Random], nn.Module]]] = {
     "frozen": ("vector", _frozen),
     "shared memory": ("vector", lambda chance: Shared()),
     "numpy": ("vector", _numpy),
+    "graphed": ("vector", _graphed),
+    "wide": ("vector", _wide),
+    "points": ("vector", lambda chance: Points(chance.choice([3, 5]))),
     "waves": ("vector", lambda chance: Waves(chance.random() < 0.5)),
 }
+
+# Not drawn like the others, as it takes long.
+DEEP = "deep"
+KINDS[DEEP] = ("vector", lambda chance: Deep(chance.randint(SHALLOWEST, DEEPEST)))
 
 
 def inputs(kind: str, batch: int, draw: torch.Generator) -> Tensor:

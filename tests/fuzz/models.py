@@ -1,7 +1,7 @@
 """A random network of one to three encoders and heads, its batches and its losses, from a seed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from tests.fuzz.deliveries import DELIVERIES
-from tests.fuzz.encoders import FEATURES, KINDS, inputs
+from tests.fuzz.encoders import DEEP, FEATURES, KINDS, inputs
 from tests.fuzz.functions import Form, Total, applied
+from tests.fuzz.regions import Regions
 
 Tensors = Mapping[str, Tensor]
 MODALITIES = ("audio", "visual", "text")
@@ -23,7 +24,10 @@ CLASSES, COLUMNS, FORMS = 3, 2, 3
 
 @dataclass
 class Plan:
-    """What is drawn of a network; small enough to be printed with a failure."""
+    """What is drawn of a network; small enough to be printed with a failure.
+
+    ``region`` is the kind of what does not bear several passes, ``place`` where it is.
+    """
 
     kinds: dict[str, str]
     manners: dict[str, str]
@@ -34,6 +38,8 @@ class Plan:
     trunk: bool
     batch: int
     weights: list[float] = field(default_factory=list)
+    region: str = ""
+    place: str = ""
 
 
 def draw_plan(chance: Random, dtype: str) -> Plan:
@@ -46,7 +52,7 @@ def draw_plan(chance: Random, dtype: str) -> Plan:
     dtypes = {k: chance.choice(every) for k in names}
     possible = ["parameter", "activation", "feature", "forward", "backward", "retain_grad"]
     return Plan(
-        kinds={k: chance.choice(list(KINDS)) for k in names},
+        kinds={k: chance.choice([kind for kind in KINDS if kind != DEEP]) for k in names},
         manners={k: chance.choice(["plain", "plain", "checkpoint", "functional"]) for k in names},
         hooks=[hook for hook in possible if chance.random() < 0.2],
         terms=chosen,
@@ -74,6 +80,7 @@ class Network(nn.Module):
         torch.manual_seed(seed)
         chance = Random(seed)
         self.plan, self.calls, self.kept = plan, Counter[str](), dict[str, Tensor]()
+        self.regions = Regions(plan.region, plan.place)
         self.encoders = nn.ModuleDict()
         for k, kind in plan.kinds.items():
             self.encoders[k] = KINDS[kind][1](chance).to(plan.dtypes[k])
@@ -91,6 +98,7 @@ class Network(nn.Module):
 
     def encode(self, batch: Tensors) -> dict[str, Tensor]:
         """The features of each modality, shape (batch, FEATURES)."""
+        self.regions.begin()
         return {k: self._feature(k, batch[k]) for k in self.plan.kinds}
 
     def losses(self, z: Tensors, batch: Tensors, fates: Mapping[str, str]) -> dict[str, Tensor]:
@@ -104,7 +112,7 @@ class Network(nn.Module):
         named = dict(list(terms.items())[:6])
         exact = torch.promote_types(heads, torch.float32)
         weighed = [
-            _fated(w * loss.to(exact), fates.get(name, ""))
+            self.regions.through(f"loss {name}", _fated(w * loss.to(exact), fates.get(name, "")))
             for (name, loss), w in zip(named.items(), self.plan.weights, strict=False)
         ]
         delivered = dict(zip(named, DELIVERIES[self.plan.delivery](weighed, self), strict=True))
@@ -141,6 +149,7 @@ class Network(nn.Module):
             z = torch.func.functional_call(encoder, scaled, (x,))
         else:
             z = encoder(x)
+        z = self.regions.through(f"encoder {k}", z)
         if self.trunk is not None:
             z = self.trunk(z.to(self.plan.dtypes["heads"]))
         if z.requires_grad:
@@ -156,6 +165,7 @@ class Network(nn.Module):
 
     def _hook_modules(self) -> None:
         for k, encoder in self.encoders.items():
+            self.regions.hook_parameters(k, encoder)
             if "parameter" in self.plan.hooks:
                 for name, p in encoder.named_parameters():
                     if p.requires_grad:
@@ -166,7 +176,7 @@ class Network(nn.Module):
                 note = self._counted(f"module {k}", lambda g: g)
                 encoder.register_full_backward_hook(_noting(note))
         if "backward" in self.plan.hooks:
-            double = self._counted("module joint", lambda gs: tuple(g * 2 for g in gs))
+            double = self._counted("module joint", _doubled)
             self.joint.register_full_backward_hook(lambda m, gs, out: double(gs))
 
     def _counted(self, name: str, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -177,7 +187,7 @@ class Network(nn.Module):
         return counting
 
     def _joined(self, z: Tensors) -> Tensor:
-        out = self.joint(torch.cat(list(z.values()), 1))
+        out = self.regions.through("joint", self.joint(torch.cat(list(z.values()), 1)))
         if "activation" in self.plan.hooks and out.requires_grad:
             out.register_hook(self._counted("activation", lambda g: g * 0.7))
         return torch.as_tensor(out).float() if out.dtype == torch.bfloat16 else out
@@ -186,7 +196,8 @@ class Network(nn.Module):
         return {"joint": cross_entropy(self._joined(z)[:, :CLASSES], batch["y"])}
 
     def _own(self, z: Tensors, batch: Tensors, k: str) -> dict[str, Tensor]:
-        return {f"own {k}": cross_entropy(self.own[k](z[k]), batch[f"y {k}"]).float()}
+        logits = self.own[k](self.regions.through(f"own {k}", z[k]))
+        return {f"own {k}": cross_entropy(logits, batch[f"y {k}"]).float()}
 
     def _penalty(self, z: Tensors, batch: Tensors, k: str) -> dict[str, Tensor]:
         return {f"penalty {k}": applied(Total, z[k] * z[k]) / len(z[k])}
@@ -207,6 +218,11 @@ class Network(nn.Module):
 
     def _smoothing(self, z: Tensors, batch: Tensors, _: str) -> dict[str, Tensor]:
         return {"smoothing": self._joined(z).logsumexp(1).mean() * 0.5 - z[next(iter(z))].mean()}
+
+
+def _doubled(grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """None is of an input that needs no gradient, as behind frozen encoders."""
+    return tuple(None if grad is None else grad * 2 for grad in grads)
 
 
 def _noting(note: Callable[[Any], Any]) -> Callable[..., None]:

@@ -6,47 +6,14 @@ zero gradient counts as an absent loss within its block.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.fuzz.history import History, Outcome, Pair
 from tests.fuzz.rules import Array, Settings, combine
-
-Pair = tuple[str, int]
-
-
-@dataclass
-class Outcome:
-    """The expected ``.grad`` of one parameter (None: left as it was), float64.
-
-    ``scale`` is the norm of the largest term that went into it; errors are relative to it.
-    ``doubt`` says why the value cannot be compared, or is empty.
-    """
-
-    value: Array | None
-    scale: float = 0.0
-    doubt: str = ""
-
-
-@dataclass
-class History:
-    """What earlier backward passes of the same optimizer left behind."""
-
-    reached: set[Pair] = field(default_factory=set)
-    asleep: set[Pair] = field(default_factory=set)
-    awoken: set[Pair] = field(default_factory=set)
-    sums: dict[Pair, Array] = field(default_factory=dict)
-    sizes: dict[Pair, float] = field(default_factory=dict)
-    start: dict[int, Array | None] = field(default_factory=dict)
-    written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def end_window(self) -> None:
-        """Forgets the sums of a window, as ``step()`` and ``zero_grad()`` do."""
-        for part in (self.sums, self.sizes, self.start, self.written):
-            part.clear()
 
 
 def exact(
@@ -60,7 +27,7 @@ def exact(
     for index, parameter in enumerate(parameters):
         if not _as_written(history, index, parameter):
             _start_again(history, index, parameter)
-    _wake(history)
+    history.wake()
     _accumulate(history, gradients(losses, parameters))
     named = [list(members) for members in modalities]
     outcomes = {index: Outcome(None) for index in range(len(parameters))}
@@ -84,7 +51,7 @@ def at_features(
     """
     leaves, count = [leaf for _, leaf in features], len(parameters)
     both = gradients(losses, [*parameters, *leaves])
-    _wake(history)
+    history.wake()
     at = [_at_feature(history, both, count + i, leaf, settings) for i, leaf in enumerate(leaves)]
     behind = _behind([feature for feature, _ in features], at, parameters)
     for index, parameter in enumerate(parameters):
@@ -108,6 +75,12 @@ def gradients(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dic
     return found
 
 
+def of_sum(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> dict[int, Array]:
+    """The gradient of the sum of all losses, in one pass."""
+    every = [loss for loss in losses.values() if loss.requires_grad]
+    return _plainly(lambda: torch.autograd.backward(every, retain_graph=True), parameters)
+
+
 def _plainly(backward: Callable[[], object], parameters: Sequence[Tensor]) -> dict[int, Array]:
     """What ``backward()`` accumulates into each parameter; the ``.grad`` there is put back."""
     before = [parameter.grad for parameter in parameters]
@@ -121,7 +94,8 @@ def _plainly(backward: Callable[[], object], parameters: Sequence[Tensor]) -> di
 
 
 def _as_written(history: History, index: int, parameter: Tensor) -> bool:
-    if index not in history.written:
+    """Whether ``.grad`` is what was written, of a parameter that is still trained."""
+    if index not in history.written or not parameter.requires_grad:
         return False
     tensor, values = history.written[index]
     grad = parameter.grad
@@ -129,41 +103,15 @@ def _as_written(history: History, index: int, parameter: Tensor) -> bool:
 
 
 def _start_again(history: History, index: int, parameter: Tensor) -> None:
-    for pair in [pair for pair in history.sums if pair[1] == index]:
-        del history.sums[pair], history.sizes[pair]
-    history.start[index] = None if parameter.grad is None else array(parameter.grad)
-
-
-def _wake(history: History) -> None:
-    """What came alive in the last backward counts from now on."""
-    history.reached |= history.awoken
-    history.awoken.clear()
+    history.start_again(index, None if parameter.grad is None else array(parameter.grad))
 
 
 def _accumulate(history: History, found: Mapping[Pair, Array]) -> None:
     for pair, gradient in found.items():
         if np.isfinite(gradient).all():
-            _look(history, pair, bool(gradient.any()))
+            history.look(pair, bool(gradient.any()))
         history.sums[pair] = np.asarray(history.sums.get(pair, 0.0) + gradient)
         history.sizes[pair] = history.sizes.get(pair, 0.0) + float(np.linalg.norm(gradient))
-
-
-def _look(history: History, pair: Pair, moved: bool) -> None:
-    if not moved and pair not in history.reached:
-        history.asleep.add(pair)
-    elif moved and pair in history.asleep and pair not in history.reached:
-        history.awoken.add(pair)
-    elif moved:
-        history.reached.add(pair)
-
-
-def _reaching(history: History, index: int) -> frozenset[str]:
-    """The losses that reach a parameter now; one that is not finite does so in this step only."""
-    return frozenset(
-        name
-        for (name, at), total in history.sums.items()
-        if at == index and ((name, at) in history.reached or not np.isfinite(total).all())
-    )
 
 
 def _joined(
@@ -202,13 +150,13 @@ def _blocks(
         return [*blocks, (everyone, rest, Settings("uniform", 1.0))]
     by_reach: dict[frozenset[str], list[int]] = {}
     for index in range(count):
-        by_reach.setdefault(_reaching(history, index), []).append(index)
+        by_reach.setdefault(history.reaching(index), []).append(index)
     by_reach = _joined(by_reach, parameters)
     return [(sorted(names), members, settings) for names, members in by_reach.items()]
 
 
 def _union(history: History, members: Iterable[int]) -> list[str]:
-    return sorted(set().union(*(_reaching(history, index) for index in members)))
+    return sorted(set().union(*(history.reaching(index) for index in members)))
 
 
 def _integrated(
@@ -245,7 +193,7 @@ def _at_feature(
         return Outcome(None)
     for pair, g in every.items():
         if np.isfinite(g).all():
-            _look(history, pair, bool(g.any()))
+            history.look(pair, bool(g.any()))
     rows = [[g] for p, g in every.items() if p in history.reached or not np.isfinite(g).all()]
     added = [g for p, g in every.items() if p not in history.reached and np.isfinite(g).all()]
     if not rows:

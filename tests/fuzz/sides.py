@@ -1,24 +1,27 @@
 """The two sides of a comparison: a network with its base optimizer, and the library around one."""
 
-from inspect import signature
+from contextlib import AbstractContextManager, nullcontext
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import mmpareto_optim
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
 from tests.fuzz.cases import CALLABLES, Case, Micro
+from tests.fuzz.changes import MOMENTS, change
 from tests.fuzz.edits import EDITS, SAME_TENSOR
+from tests.fuzz.labelled import labelled
 from tests.fuzz.models import Network
 
 
 class Side:
     """A network of the case with its base optimizer and the parameters that it holds."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, plain: bool = False) -> None:
+        """``plain``: whether tensors are torch's own, whatever the case says."""
         self.case, self.model = case, Network(case.plan, case.seed)
+        self.labelled = "" if plain else case.labelled
         chance = Random(case.seed)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         kept = [p for p in trained if case.modalities or chance.random() < case.held]
@@ -27,16 +30,34 @@ class Side:
         make = {"sgd": torch.optim.SGD, "momentum": torch.optim.SGD, "adam": torch.optim.Adam}
         momentum = {"momentum": 0.9} if case.base == "momentum" else {}
         self.base = make[case.base](listed, lr=0.02, **momentum)
+        self.groups = [self.base.param_groups]
+        self.frozen: list[Tensor] = []
 
     def forward(self, micro: Micro, cut: bool = False) -> tuple[dict[str, Tensor], Any]:
         """Losses, and the features of the case; ``cut`` hands the losses leaves in their place."""
         torch.manual_seed(micro.data)
         batch = self.model.batch(micro.data)
+        if self.labelled == "inputs":
+            batch = labelled(batch)
         z = self.model.encode(batch)
         features = {k: z[k] for k in self.case.features}
         leaves = {k: z[k].detach().requires_grad_() for k in features} if cut else features
-        losses = self.model.losses({**z, **leaves}, batch, micro.fates)
+        losses = self._named(micro, self.model.losses({**z, **leaves}, batch, micro.fates))
+        if self.labelled == "losses":
+            losses = labelled(losses)
         return losses, [(features[k], leaves[k]) for k in features] if cut else features
+
+    def change(self, micro: Micro, moment: str) -> list[int]:
+        """Does the change of this moment; gives the places of the parameters that are new."""
+        kind = micro.changes.get(moment)
+        return change(self, kind, micro.data + MOMENTS.index(moment)) if kind else []
+
+    @staticmethod
+    def _named(micro: Micro, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = list(losses)
+        if micro.shuffled:
+            Random(micro.data).shuffle(names)
+        return {micro.renamed.get(name, name): losses[name] for name in names}
 
     def edit(self, micro: Micro) -> list[Tensor]:
         """Does the edit before a micro-batch; gives the parameters where nobody can tell."""
@@ -54,6 +75,11 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
+def autocast(case: Case) -> AbstractContextManager[Any]:
+    """The region around the backward of a case, if it has one."""
+    return nullcontext() if case.autocast is None else torch.autocast("cpu", case.autocast)
+
+
 class Library:
     """The library around a side; one object for the optimizer and for the integrator."""
 
@@ -63,29 +89,31 @@ class Library:
         self.groups = {k: side.model.encoders[k] for k in case.modalities} or None
         options: dict[str, Any] = {"integration": CALLABLES.get(case.rule, case.rule)}
         options["gamma"] = case.settings.gamma
-        if "check" in signature(MMParetoOptimizer).parameters:
-            options["check"] = False  # a pass more in the first step, whose hooks would be counted
+        options["check"] = case.check
         options["rescale"] = "tensor" if case.tensorwise else "encoder"
         if self.groups and not case.at_each_call:
             options["param_groups_by_modality"] = self.groups
-        integrator: Any = getattr(mmpareto_optim, "GradientIntegrator", None)
-        self.alone = case.without_optimizer and integrator is not None
+        self.alone = case.without_optimizer
         self.engine: Any = (
-            integrator(side.parameters, **options)
+            GradientIntegrator(side.parameters, **options)
             if self.alone
             else MMParetoOptimizer(side.base, **options)
         )
+        if self.alone:
+            side.groups.append(self.engine.param_groups)
 
     def backward(self, micro: Micro) -> dict[str, Tensor]:
         """Forward and backward of a micro-batch; gives the losses."""
         losses, how = self._losses(micro)
-        self.engine.backward(losses, **how)
+        with autocast(self.case):
+            self.engine.backward(losses, **how)
         return losses
 
     def step_on(self, micro: Micro) -> None:
         """``step(losses=...)`` on a micro-batch."""
         losses, how = self._losses(micro)
-        self.engine.step(losses=losses, **how)
+        with autocast(self.case):
+            self.engine.step(losses=losses, **how)
 
     def step(self) -> None:
         """A step on what the backward passes left."""
@@ -99,7 +127,9 @@ class Library:
             self.engine.zero_grad(set_to_none=False)
 
     def _losses(self, micro: Micro) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self.side.change(micro, "before")
         losses, features = self.side.forward(micro)
+        self.side.change(micro, "in flight")
         how: dict[str, Any] = {"features": features} if features else {}
         if self.groups and self.case.at_each_call:
             how["param_groups_by_modality"] = self.groups

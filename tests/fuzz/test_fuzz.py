@@ -6,8 +6,10 @@ where the default run ends; a failure prints the seed that brings it back.
 
 import pytest
 
-from tests.fuzz.cases import Case, draw_case
-from tests.fuzz.driver import Report, run
+from tests.fuzz.cases import Case
+from tests.fuzz.compare import Report
+from tests.fuzz.draw import draw_case
+from tests.fuzz.driver import run
 
 SHOWN = 5
 
