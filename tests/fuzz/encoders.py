@@ -175,7 +175,7 @@ def _pooled(y: Tensor) -> Tensor:
 
 
 def _graphed(chance: Random) -> nn.Module:
-    graphed = Graphed(WIDE if chance.random() < 0.4 else FEATURES)
+    graphed = Graphed(WIDE if chance.random() < 0.7 else FEATURES)
     below = [nn.Linear(INPUTS, INPUTS), nn.Tanh()] if chance.random() < 0.5 else []
     return nn.Sequential(*below, graphed)
 
