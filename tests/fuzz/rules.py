@@ -150,7 +150,7 @@ def _kept_clear(gram: Array, dtypes: Sequence[torch.dtype]) -> Array:
     The library's direction has its products with the gradients to spare, so that they do not turn
     negative there.
     """
-    rounding = 2.0**-9 if torch.bfloat16 in dtypes else ROUNDING * _epsilon(dtypes)
+    rounding = 2.0**-8 if torch.bfloat16 in dtypes else ROUNDING * _epsilon(dtypes)
     size = np.sqrt(np.diag(gram))
     return gram - rounding * np.outer(size, size)
 
