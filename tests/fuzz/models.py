@@ -181,7 +181,8 @@ class Network(nn.Module):
 
     def _counted(self, name: str, hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def counting(grad: Any) -> Any:
-            self.calls[name] += 1
+            # Values hardly tell whether what is behind features ran in an autocast region.
+            self.calls[f"{name}, autocast" if torch.is_autocast_enabled("cpu") else name] += 1
             return hook(grad)
 
         return counting
