@@ -166,7 +166,8 @@ class _Run:
             # Where not all was finite it is checked again in the next, or not, as it had met.
             self.counts_calls &= not micro.spoilt
             self.unchecked = False
-            reference.of_sum(losses, targets)
+            with autocast(self.case):
+                reference.of_sum(losses, targets)
 
     def _compare_calls(self) -> None:
         """How often hooks ran: once a loss, and once more where the first step is checked."""
