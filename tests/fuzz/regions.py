@@ -54,8 +54,9 @@ class Regions:
         self._visits.append(visits)
         if self.kind == "overwriting":
             return torch.as_tensor(applied(Overwriting, x, visits))
-        _hooked(x, visits)
-        return x
+        own = x.view_as(x)  # what others take from x does not pass
+        _hooked(own, visits)
+        return own
 
     def begin(self) -> None:
         """A forward begins: hooks on parameters that have run count no more."""
