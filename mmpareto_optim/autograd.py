@@ -42,10 +42,7 @@ class Backward(NamedTuple):
 
 
 class Differentiation:
-    """Differentiates one loss after the other; remembers what graphs turned out to be like.
-
-    With ``check`` the first ones are compared with the gradient of the summed losses.
-    """
+    """Differentiates one loss after the other; with ``check`` compares the first with their sum."""
 
     def __init__(self, check: bool, watch: Watch) -> None:
         self.watch = watch

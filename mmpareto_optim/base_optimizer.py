@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mmpareto_optim.messages import warn
 from mmpareto_optim.options import is_mapping
 
 
@@ -105,11 +106,11 @@ def _versions_of_grads(groups: Iterable[Mapping[str, Any]]) -> Grads:
 
 
 def _check_differentiated(result: Any, before: Grads, after: Grads) -> None:
-    """Raise for what a closure returned, if it is no mapping and there is no gradient for it.
+    """Raise or warn of what a closure returned that is no mapping, if it left no gradient.
 
     Raises:
         TypeError: several losses without names.
-        RuntimeError: a loss, and no gradient has changed; nothing, and there is no gradient.
+        RuntimeError: a loss, and no gradient has changed.
     """
     if isinstance(result, list | tuple):
         raise TypeError(
@@ -118,13 +119,12 @@ def _check_differentiated(result: Any, before: Grads, after: Grads) -> None:
         )
     pairs = zip(before, after, strict=True)
     is_unchanged = all(old[0] is new[0] and old[1] == new[1] for old, new in pairs)
-    # A framework's closure may return None, and the gradients be there before.
-    has_none = result is None and all(grad is None for grad, _ in after)
-    has_graph = isinstance(result, Tensor) and result.requires_grad
-    if has_none or (has_graph and is_unchanged):
-        raise RuntimeError(
-            "the closure left no gradient: return the mapping of losses, or call backward() in it"
-        )
+    mend = "return the mapping of losses, or call backward() in it"
+    if isinstance(result, Tensor) and result.requires_grad and is_unchanged:
+        raise RuntimeError(f"the closure left no gradient: {mend}")
+    # A framework's closure returns None where gradients are there before, or a batch is skipped.
+    if result is None and all(grad is None for grad, _ in after):
+        warn(f"the closure returned None, and there is no gradient: {mend}")
 
 
 @cache

@@ -211,6 +211,7 @@ def hooks_set_aside(features: Sequence[Tensor]) -> Iterator[None]:
 
 
 @cache
+@torch.enable_grad()
 def _are_set_aside() -> bool:
     """Whether hooks that are taken out of a tensor's dict do not run."""
     feature = torch.ones(1, device="cpu", requires_grad=True) * 1

@@ -89,7 +89,9 @@ class _Total(torch.autograd.Function):
                 "backward() a second time on one total(losses), whose graphs the first has freed: "
                 "make a forward pass and call total() again, or pass retain_graph=True to the first"
             )
-        retain_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        # Private to PyTorch: without it, a second backward is refused.
+        is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+        retain_graph = is_kept is not None and is_kept()
         with torch.enable_grad():  # as where the losses are handed to backward() itself
             scaled = {name: loss * factors[0].to(loss) for name, loss in ctx.losses.items()}
             ctx.integrate(scaled, retain_graph=retain_graph)

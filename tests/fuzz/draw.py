@@ -48,8 +48,9 @@ def draw_case(seed: int) -> Case:
         autocast=_autocast(chance, plan),
         labelled=chance.choice(["inputs", "losses"]) if chance.random() < 0.15 else "",
     )
-    if case.check and "checkpoint" in plan.manners.values():
-        _make_finite(case)
+    if "checkpoint" in plan.manners.values():
+        # Its batch norm counts each pass in a running mean, and a check takes as many as it needs.
+        case.check = False
     if chance.random() < 0.12:
         misbehave(case, chance)
     elif chance.random() < 0.3:
@@ -64,16 +65,6 @@ def _features(chance: Random, plan: Plan) -> list[str]:
     trained = [k for k, z in _trained(plan).items() if z and reached(names, k)]
     # A trunk that all share is behind every feature: without one of them losses go around it.
     return trained if plan.trunk or len(trained) < 2 else _some(chance, trained)
-
-
-def _make_finite(case: Case) -> None:
-    """Whether a step that is not finite is checked again depends on where its losses meet.
-
-    A batch norm under a checkpoint counts those passes in its running mean.
-    """
-    for micro in (micro for micros in case.steps for micro in micros):
-        micro.spoilt = False
-        micro.fates = {k: fate for k, fate in micro.fates.items() if fate not in ("nan", "inf")}
 
 
 def _autocast(chance: Random, plan: Plan) -> torch.dtype | None:

@@ -109,7 +109,7 @@ CLOSURES: dict[str, tuple[Callable[[Losses], Any], type[Exception]]] = {
     "a tuple": (lambda losses: tuple(losses.values()), TypeError),
     "losses and outputs": (lambda losses: (losses, torch.ones(2)), TypeError),
     "a loss and outputs": (lambda losses: [losses["mm"], None], TypeError),
-    "None": (lambda losses: None, RuntimeError),
+    "None": (lambda losses: None, UserWarning),
     "a tensor": (lambda losses: losses["mm"], RuntimeError),
 }
 
