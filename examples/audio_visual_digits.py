@@ -14,7 +14,6 @@ Compares the methods of the other examples, 3 seeds of 8 epochs unless told othe
 from __future__ import annotations
 
 import argparse
-import os
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from time import perf_counter
 import numpy as np
 import torch
 from common import (
+    GET_MNIST,
+    MNIST_FILES,
     Encoder,
     LateFusion,
     Split,
@@ -31,15 +32,14 @@ from common import (
     plot_modalities,
     read_mnist,
     report,
+    require_data,
 )
 from torch import Tensor
 
-GET_DATA = """
-{folder} should hold
-  mnist/       MNIST's four files train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz,
-               t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz, from any mirror
+GET_DATA = f"""{GET_MNIST}\
   recordings/  FSDD's wav files: the folder of that name in a clone of
-               github.com/Jakobovski/free-spoken-digit-dataset (or all of them in one fsdd.npz)
+               https://github.com/Jakobovski/free-spoken-digit-dataset
+               (or all of them in one fsdd.npz)
 """
 HEADS = {"mm": "multimodal", "audio": "audio only", "visual": "visual only"}
 BLOCKS = {"mm+audio": "audio encoder", "mm+visual": "visual encoder"}
@@ -61,14 +61,10 @@ class Speech:
     takes: np.ndarray
 
 
-def parse_options(description: str, lr: float, epochs: int) -> argparse.Namespace:
+def parse_options(
+    description: str, lr: float, epochs: int, arguments: list[str] | None = None
+) -> argparse.Namespace:
     parser = base_parser(description)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("MMPARETO_DATA"),
-        help="folder of both data sets (default: the environment variable MMPARETO_DATA)",
-    )
     parser.add_argument("--split", choices=["recording", "speaker"], default="recording")
     parser.add_argument(
         "--validate",
@@ -79,12 +75,10 @@ def parse_options(description: str, lr: float, epochs: int) -> argparse.Namespac
         "--quick", action="store_true", help=f"one epoch of {QUICK_PAIRS} pairs, to see it run"
     )
     parser.set_defaults(seeds=3, epochs=epochs, lr=lr)
-    options = parser.parse_args()
-    if options.data is None:
-        parser.error("no --data, and MMPARETO_DATA is not set" + GET_DATA.format(folder="DIR"))
-    speech = (options.data / "fsdd.npz").is_file() or (options.data / "recordings").is_dir()
-    if not speech or not (options.data / "mnist").is_dir():
-        parser.error("data not found" + GET_DATA.format(folder=options.data))
+    options = parser.parse_args(arguments)
+    packed = options.data is not None and (options.data / "fsdd.npz").is_file()
+    speech = "fsdd.npz" if packed else "recordings"
+    require_data(parser, options.data, [*MNIST_FILES, speech], GET_DATA)
     if options.quick:
         options.epochs = 1
     return options
@@ -93,7 +87,7 @@ def parse_options(description: str, lr: float, epochs: int) -> argparse.Namespac
 def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
     speech = read_speech(options.data)
     train, test = split_recordings(speech, options, seed)
-    train_x, train_y, test_x, test_y = read_mnist(options.data / "mnist")
+    train_x, train_y, test_x, test_y = read_mnist(options.data)
     if options.validate:  # the test images stay unseen too
         train_x, test_x = train_x[:-10000], train_x[-10000:]
         train_y, test_y = train_y[:-10000], train_y[-10000:]
@@ -198,9 +192,9 @@ def make_model(joint: bool) -> LateFusion:
     return LateFusion({"audio": Encoder(1, grid=4), "visual": Encoder(1, grid=4)}, joint)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     started = perf_counter()
-    options = parse_options(__doc__.split("\n")[0], lr=0.03, epochs=8)
+    options = parse_options(__doc__.split("\n")[0], lr=0.03, epochs=8, arguments=arguments)
     comparison = compare(options, make_data, make_model)
     path = report(comparison, "audio_visual_digits", options.split, HEADS, BLOCKS, started)
     plot_modalities(comparison, HEADS, BLOCKS, path)

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 try:
     import av
-except ImportError as error:
-    raise ImportError(
-        "clips are decoded by PyAV, which the extra 'video' brings: pip install '.[video]'"
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        "PyAV, which decodes the clips, is not installed: pip install '.[examples,video]' in a "
+        "checkout brings it"
     ) from error
 
 CREMAD_EMOTIONS = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -14,20 +14,26 @@ from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import OneCycleLR
 
 from mmpareto_optim import MMParetoOptimizer
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error.name} is not installed: pip install '.[examples]' in a checkout brings it"
+    ) from error
 
 # The first trains the shared parts by the joint loss alone (the other heads read detached
 # features, so that they can be scored too); the others differ in how they integrate gradients.
@@ -41,6 +47,17 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 JOINT = "one joint loss"
 BATCH_SIZE = 64
+MNIST_FILES = tuple(
+    f"mnist/{part}-{kind}-ubyte.gz"
+    for part in ("train", "t10k")
+    for kind in ("images-idx3", "labels-idx1")
+)
+GET_MNIST = """
+{folder} should hold
+  mnist/       MNIST's files train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz,
+               t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, for example from
+               https://ossci-datasets.s3.amazonaws.com/mnist/
+"""
 
 Tensors = dict[str, Tensor]
 
@@ -90,9 +107,9 @@ class Comparison:
         return 100 * mean(cosine < 0 for cosine in cosines) if cosines else None
 
 
-def base_parser(description: str) -> argparse.ArgumentParser:
-    """The options of every example."""
-    parser = argparse.ArgumentParser(description=description)
+def base_parser(description: str, default_data: str = "") -> argparse.ArgumentParser:
+    """The options of every example that compares the methods."""
+    parser = data_parser(description, default_data)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -109,30 +126,49 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(description: str) -> argparse.Namespace:
-    """The options of an example that runs on scikit-learn's digits or on MNIST."""
-    parser = base_parser(description)
-    parser.add_argument(
-        "--data",
-        choices=["digits", "mnist"],
-        default="digits",
-        help="digits (by default 5 seeds of 30 epochs) or mnist (3 seeds of 3 epochs)",
-    )
-    parser.add_argument("--data-dir", type=Path, help="folder of the four MNIST IDX files (.gz)")
+def data_parser(description: str, default_data: str = "") -> argparse.ArgumentParser:
+    """The option of every example that reads data; what it reads without, if it can."""
+    option = "[--data DIR]" if default_data else "--data DIR"
+    usage = f"%(prog)s {option} [more options]"
+    parser = argparse.ArgumentParser(description=description, usage=usage)
+    default = f" (default: {default_data})" if default_data else ""
+    parser.add_argument("--data", type=Path, metavar="DIR", help=f"folder of the data{default}")
+    return parser
+
+
+def require_data(
+    parser: argparse.ArgumentParser, folder: Path | None, files: Sequence[str], get_data: str
+) -> Path:
+    """The folder, if it has all files; otherwise exits with what is missing and where to get it."""
+    if folder is None:
+        parser.error("--data DIR is missing." + get_data.format(folder="DIR"))
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        parser.error(f"{folder} has no {', '.join(missing)}." + get_data.format(folder=folder))
+    return folder
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of an example that runs on scikit-learn's digits, or on MNIST with --data."""
+    parser = base_parser(description, "scikit-learn's digits, without a folder")
     parser.add_argument(
         "--validate",
         action="store_true",
         help="score on a part of the training images, without the test set: to choose --lr",
     )
     parser.set_defaults(lr=0.1)
-    options = parser.parse_args()
-    if options.data == "mnist" and options.data_dir is None:
-        parser.error("--data mnist needs --data-dir, a folder with train-images-idx3-ubyte.gz ...")
+    options = parser.parse_args(arguments)
+    if options.data is not None:
+        require_data(parser, options.data, MNIST_FILES, GET_MNIST)
     if options.seeds is None:
-        options.seeds = 5 if options.data == "digits" else 3
+        options.seeds = 5 if options.data is None else 3
     if options.epochs is None:
-        options.epochs = 30 if options.data == "digits" else 3
+        options.epochs = 30 if options.data is None else 3
     return options
+
+
+def digits_name(options: argparse.Namespace) -> str:
+    return "digits" if options.data is None else "mnist"
 
 
 def load(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -140,8 +176,8 @@ def load(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     With ``options.validate`` the latter are a part of the training images.
     """
-    if options.data == "mnist":
-        train_x, train_y, test_x, test_y = read_mnist(options.data_dir)
+    if options.data is not None:
+        train_x, train_y, test_x, test_y = read_mnist(options.data)
         if options.validate:
             return train_x[:-10000], train_y[:-10000], train_x[-10000:], train_y[-10000:]
         return train_x, train_y, test_x, test_y
@@ -160,13 +196,9 @@ def _stratified(images: np.ndarray, labels: np.ndarray, share: float) -> list[np
 
 
 def read_mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`load`, from the four IDX files."""
-    return (
-        _idx(folder / "train-images-idx3-ubyte.gz") / 255,
-        _idx(folder / "train-labels-idx1-ubyte.gz").long(),
-        _idx(folder / "t10k-images-idx3-ubyte.gz") / 255,
-        _idx(folder / "t10k-labels-idx1-ubyte.gz").long(),
-    )
+    """As :func:`load`, from MNIST_FILES in the folder."""
+    train_x, train_y, test_x, test_y = (_idx(folder / file) for file in MNIST_FILES)
+    return train_x / 255, train_y.long(), test_x / 255, test_y.long()
 
 
 def _idx(path: Path) -> Tensor:

@@ -41,6 +41,7 @@ from common import (
     base_parser,
     plot_modalities,
     report,
+    require_data,
     train_step,
 )
 from resnet import resnet18
@@ -55,6 +56,14 @@ from mmpareto_optim import MMParetoOptimizer
 HEADS = {"mm": "multimodal", "audio": "audio only", "visual": "visual only"}
 BLOCKS = {"mm+audio": "audio encoder", "mm+visual": "visual encoder"}
 DECAY_EPOCH = 30
+GET_DATA = """
+{folder} should hold either
+  CREMA-D: AudioWAV/*.wav and VideoFlash/*.flv, from
+    https://github.com/CheyneyComputerScience/CREMA-D (with git-lfs), and, for the split that the
+    literature uses, train.csv and test.csv, from data/CREMAD of
+    https://github.com/GeWu-Lab/OGM-GE_CVPR2022
+  or clips by class, such as Kinetics-Sounds: train/CLASS/*.mp4 and test/CLASS/*.mp4
+"""
 # Mean and standard deviation of ImageNet's colours.
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLUMNS = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -79,7 +88,6 @@ def make_model(joint: bool, classes: int) -> LateFusion:
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = base_parser(__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the clips")
     parser.add_argument("--frame-size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument(
         "--workers",
@@ -92,7 +100,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="go on from the checkpoints in --output"
     )
     parser.set_defaults(seeds=1, epochs=50, lr=2e-3)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    require_data(parser, options.data, [], GET_DATA)
+    return options
 
 
 def checkpoint_path(options: argparse.Namespace, clips: ClipSet, method: str, seed: int) -> Path:
@@ -122,7 +132,10 @@ def prepare_all(clips: ClipSet, options: argparse.Namespace) -> tuple[PreparedCl
     def usable(part: list[Clip]) -> PreparedClips:
         found = [clip for clip in part if prepared_path(folder, clip).is_file()]
         if not found:
-            raise ValueError(f"none of the {len(part)} clips could be decoded")
+            raise SystemExit(
+                f"none of the {len(part)} clips could be decoded."
+                + GET_DATA.format(folder=options.data)
+            )
         return PreparedClips(found, folder)
 
     return usable(clips.train), usable(clips.test)
@@ -220,7 +233,7 @@ class Checkpoint:
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
         for name, value in self.settings.items():
             if saved["settings"][name] != value:
-                raise ValueError(
+                raise SystemExit(
                     f"{self.path} was trained with {name} {saved['settings'][name]}, not {value}: "
                     "give the same options, or another --output"
                 )
@@ -242,7 +255,10 @@ def main(arguments: list[str] | None = None) -> Comparison:
     started = perf_counter()
     options = parse_options(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    clips = find_clips(options.data)
+    try:
+        clips = find_clips(options.data)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"{error}." + GET_DATA.format(folder=options.data)) from error
     trainings = {
         (seed, method): checkpoint_path(options, clips, method, seed)
         for seed in range(options.seed, options.seed + options.seeds)

@@ -11,13 +11,11 @@ otherwise.
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 import utd_mhad
-from common import Split, batches, epochs
+from common import Split, batches, data_parser, epochs
 from sequences import SequenceEncoder, parsed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -89,13 +87,7 @@ def accuracy(model: nn.Module, split: Split) -> float:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("MMPARETO_DATA"),
-        help="folder of utd_mhad.npz (default: the environment variable MMPARETO_DATA)",
-    )
+    parser = data_parser(__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=0.06, help="peak (default: %(default)s)")

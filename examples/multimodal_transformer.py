@@ -111,9 +111,9 @@ class BottleneckTransformer(nn.Module):
         return self.logits(self.features(audio, visual))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     started = perf_counter()
-    options = parse_options(__doc__.split("\n")[0], lr=0.03, epochs=8)
+    options = parse_options(__doc__.split("\n")[0], lr=0.03, epochs=8, arguments=arguments)
     comparison = compare(options, make_data, BottleneckTransformer)
     path = report(comparison, "multimodal_transformer", options.split, HEADS, BLOCKS, started)
     plot_modalities(comparison, HEADS, BLOCKS, path)

@@ -22,17 +22,23 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from pinn_problems import PROBLEMS, Losses, Network, Points, Problem, relative_error
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 from mmpareto_optim import BlockStats, MMParetoOptimizer
+
+try:
+    import matplotlib.pyplot as plt
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error.name} is not installed: pip install '.[examples]' in a checkout brings it"
+    ) from error
 
 # Adam divides by the gradient's own size: a factor on all losses, such as gamma, changes nothing.
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,7 +63,9 @@ class Run:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="%(prog)s [--problem PROBLEM] [more options]"
+    )
     parser.add_argument("--problem", choices=PROBLEMS, default="helmholtz")
     parser.add_argument(
         "--methods",

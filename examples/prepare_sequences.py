@@ -1,10 +1,11 @@
 """Makes utd_mhad.npz and avletters.npz of the files that the data sets' authors give.
 
-    python prepare_sequences.py utd_mhad FOLDER DIR    # FOLDER/Inertial/a1_s1_t1_inertial.mat,
+    python prepare_sequences.py utd_mhad --data DIR    # DIR/Inertial/a1_s1_t1_inertial.mat,
                                                        # Skeleton/..., and Depth/... if there
-    python prepare_sequences.py avletters FOLDER DIR   # FOLDER/Lips/A1_Anya-lips.mat,
+    python prepare_sequences.py avletters --data DIR   # DIR/Lips/A1_Anya-lips.mat,
                                                        # Audio/mfcc/Clean/A1_Anya.mfcc
 
+The result is written to DIR too, or to --output.
 Every recording is resampled to one length by linear interpolation in time. Tested on files of this
 form that the tests make; not yet run on the data sets' own.
 """
@@ -18,7 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
+
+try:
+    from scipy.io import loadmat
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error.name} is not installed: pip install '.[examples]' in a checkout brings it"
+    ) from error
 
 Arrays = dict[str, np.ndarray]
 TRIAL = re.compile(r"a(\d+)_s(\d+)_t(\d+)_inertial")
@@ -26,6 +33,16 @@ UTTERANCE = re.compile(r"([A-Z])(\d)_(\w+)-lips")
 DEPTH_STEP = 16  # mm of depth for each grey level: 255 levels reach beyond a room
 POOLED = {"depth": 5, "video": 2}  # sides of the pixels that become one
 COMPRESSED = 0o2000  # in an HTK file's kind
+GET_DATA = {
+    "utd_mhad": """
+DIR should hold the folders Inertial and Skeleton, and Depth if wanted, of UTD-MHAD, unpacked:
+https://personal.utdallas.edu/~kehtar/UTD-MHAD.html
+""",
+    "avletters": """
+DIR should hold the folders Lips and Audio of AVLetters, which its authors give for research
+(Matthews, Cootes, Bangham, Cox & Harvey, IEEE TPAMI 24(2), 2002).
+""",
+}
 
 
 def utd_mhad(folder: Path) -> Arrays:
@@ -112,7 +129,7 @@ def as_grey(values: np.ndarray) -> np.ndarray:
 def _sorted(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     paths = sorted(path for path in folder.glob("*.mat") if pattern.fullmatch(path.stem))
     if not paths:
-        raise SystemExit(f"no file like {pattern.pattern}.mat in {folder}")
+        raise FileNotFoundError(f"no file like {pattern.pattern}.mat in {folder}")
     return paths
 
 
@@ -136,15 +153,23 @@ def _stack(paths: list[Path], read: Callable[[Path], np.ndarray]) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     makers = {"utd_mhad": utd_mhad, "avletters": avletters}
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], usage="%(prog)s {utd_mhad,avletters} --data DIR"
+    )
     parser.add_argument("data_set", choices=makers)
-    parser.add_argument("folder", type=Path, help="the authors' files, unpacked")
-    parser.add_argument("output", type=Path, help="folder for the npz file")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the authors' files, unpacked")
+    parser.add_argument("--output", type=Path, help="folder for the npz file (default: DIR)")
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
-    arrays = makers[options.data_set](options.folder)
-    path = options.output / f"{options.data_set}.npz"
+    if options.data is None:
+        parser.error("--data DIR is missing." + GET_DATA[options.data_set])
+    try:
+        arrays = makers[options.data_set](options.data)
+    except FileNotFoundError as error:
+        parser.error(f"{error}." + GET_DATA[options.data_set])
+    output = options.output or options.data
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{options.data_set}.npz"
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     print(f"{path}: {', '.join(f'{name} {values.shape}' for name, values in arrays.items())}")
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Split, base_parser
+from common import Split, base_parser, require_data
 from torch import Tensor, nn
 
 QUICK_SAMPLES = 96
@@ -37,12 +36,6 @@ class SequenceEncoder(nn.Sequential):
 def sequence_parser(description: str, validation: str) -> argparse.ArgumentParser:
     parser = base_parser(description)
     parser.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("MMPARETO_DATA"),
-        help="folder of the data set (default: the environment variable MMPARETO_DATA)",
-    )
-    parser.add_argument(
         "--validate", action="store_true", help=f"score on {validation}: to choose --lr"
     )
     parser.add_argument(
@@ -54,27 +47,20 @@ def sequence_parser(description: str, validation: str) -> argparse.ArgumentParse
 def parsed(
     parser: argparse.ArgumentParser, file: str, get_data: str, arguments: list[str] | None = None
 ) -> argparse.Namespace:
-    """The options; an error that says where to get the data if ``file`` is not in its folder."""
+    """The options; exits with where to get the data if ``file`` is not in its folder."""
     options = parser.parse_args(arguments)
-    if options.data is None:
-        parser.error("no --data, and MMPARETO_DATA is not set" + get_data.format(folder="DIR"))
-    if not (options.data / file).is_file():
-        parser.error(f"{options.data / file} not found" + get_data.format(folder=options.data))
+    require_data(parser, options.data, [file], get_data)
     if options.quick:
         options.epochs = 1
     return options
 
 
 def read_arrays(path: Path, keys: Collection[str]) -> Arrays:
-    """These arrays of an npz file.
-
-    Raises:
-        ValueError: some are missing.
-    """
+    """These arrays of an npz file; exits if some are missing."""
     with np.load(path) as file:
         missing = sorted(set(keys) - set(file.files))
         if missing:
-            raise ValueError(f"{path} has no {', '.join(missing)}; it has {', '.join(file.files)}")
+            raise SystemExit(f"{path} has no {', '.join(missing)}; it has {', '.join(file.files)}")
         return {key: file[key] for key in keys}
 
 

@@ -195,7 +195,7 @@ def perform(job: Job, folder: Path, data: Path | None) -> None:
 def splits(
     module: str, split: str, seed: int, validate: bool, data: Path | None
 ) -> tuple[Split, Split]:
-    options = argparse.Namespace(data="digits", data_dir=None, validate=validate)
+    options = argparse.Namespace(data=None, validate=validate)
     if split:
         options = argparse.Namespace(data=data, split=split, validate=validate, quick=False)
     found: tuple[Split, Split] = MODULES[module].make_data(options, seed)

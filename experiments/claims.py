@@ -1,7 +1,7 @@
 """Reruns the evidence for each claim of the paper; writes docs/evidence_paper.md, .json.
 
     python experiments/claims.py                  # scikit-learn's digits
-    python experiments/claims.py --data-dir DIR   # and spoken with written digits (FSDD, MNIST)
+    python experiments/claims.py --data DIR   # and spoken with written digits (FSDD, MNIST)
 
 A learning rate is chosen for each method on validation data with three seeds of their own; then
 every method is trained with the report's seeds. Finished runs are kept in --results and not redone.
@@ -247,7 +247,7 @@ def write_page(options: argparse.Namespace) -> None:
         "ablations": [described(row) for row in ablations],
     }
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    command = "python experiments/claims.py  # --data-dir DIR adds the spoken digits"
+    command = "python experiments/claims.py  # --data DIR adds the spoken digits"
     options.output.write_text(page(rows, ablations, notes(options, document), command))
 
 
@@ -309,7 +309,7 @@ def described(row: Row) -> Result:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="MNIST and FSDD; see audio_visual_digits.py")
+    parser.add_argument("--data", type=Path, help="MNIST and FSDD; see audio_visual_digits.py")
     parser.add_argument("--tasks", nargs="+", choices=TASKS)
     parser.add_argument("--seed", type=int, default=0, help="the first (default: 0)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 10; 5 by speaker)")
@@ -321,9 +321,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 2:
         parser.error("--seeds must be at least 2: an interval takes two")
-    options.tasks = options.tasks or [t for t in TASKS if t not in SPOKEN or options.data_dir]
-    if options.data_dir is None and any(task in SPOKEN for task in options.tasks):
-        parser.error("spoken digits need --data-dir")
+    options.tasks = options.tasks or [t for t in TASKS if t not in SPOKEN or options.data]
+    if options.data is None and any(task in SPOKEN for task in options.tasks):
+        parser.error("spoken digits need --data")
     return options
 
 

@@ -1,7 +1,7 @@
 """Feature-space integration beside the exact one, on the examples' data; writes FEATURE_SPACE.md.
 
     python experiments/feature_space.py                  # scikit-learn's digits
-    python experiments/feature_space.py --data-dir DIR   # and spoken with written digits
+    python experiments/feature_space.py --data DIR   # and spoken with written digits
 
 For each seed both start from the same weights and see the same batches. At each step of the
 exact run the cosines at the features are taken as well, of the same losses at the same state:
@@ -143,15 +143,15 @@ def page(example: str, runs: dict[str, list[Run]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--examples", nargs="+", choices=EXAMPLES)
-    parser.add_argument("--data-dir", type=Path, help="MNIST and FSDD; see audio_visual_digits.py")
+    parser.add_argument("--data", type=Path, help="MNIST and FSDD; see audio_visual_digits.py")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=FOLDER / "FEATURE_SPACE.md")
     options = parser.parse_args()
-    names = options.examples or [n for n in EXAMPLES if "audio" not in n or options.data_dir]
-    digits = argparse.Namespace(data="digits", data_dir=None, validate=False, lr=0.1, epochs=30)
+    names = options.examples or [n for n in EXAMPLES if "audio" not in n or options.data]
+    digits = argparse.Namespace(data=None, validate=False, lr=0.1, epochs=30)
     spoken = argparse.Namespace(
-        data=options.data_dir, split="recording", validate=False, quick=False, lr=0.03, epochs=8
+        data=options.data, split="recording", validate=False, quick=False, lr=0.03, epochs=8
     )
     seeds = range(options.seed, options.seed + options.seeds)
     results: dict[str, dict[str, list[Run]]] = {}

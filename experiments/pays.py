@@ -1,6 +1,6 @@
 """Does it pay? MMPareto against well-tuned plain sums, on multimodal data and physics.
 
-    python experiments/pays.py --data-dir DIR  # utd_mhad.npz, avletters.npz, fsdd.npz, mnist/: all
+    python experiments/pays.py --data DIR  # utd_mhad.npz, avletters.npz, fsdd.npz, mnist/: all
     python experiments/pays.py --settings helmholtz digits  # need no data
 
 Every method gets the learning rate that is best on validation data (held-out training subjects,
@@ -85,7 +85,7 @@ def run(jobs: list[Job], title: str, options: argparse.Namespace, progress: Prog
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data-dir", type=Path, help="folder of utd_mhad.npz and so on")
+    parser.add_argument("--data", type=Path, help="folder of utd_mhad.npz and so on")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--seeds", type=int, help="of the report (default: 10 or 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: all cores)")
@@ -97,11 +97,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.seeds is not None and options.seeds < 3:
         parser.error("--seeds must be at least 3: an interval takes some")
-    with_data = options.data_dir is not None or options.page
+    with_data = options.data is not None or options.page
     if options.settings is None:
         options.settings = [s for s in SETTINGS if with_data or not SETTINGS[s].file]
     elif not with_data and any(SETTINGS[s].file for s in options.settings):
-        parser.error("these settings need --data-dir")
+        parser.error("these settings need --data")
     return options
 
 

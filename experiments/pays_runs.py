@@ -171,7 +171,7 @@ def splits(setting: str, validation_seed: int | None, data: Path | None) -> tupl
     """Training and test data; without a validation seed they are the same for all seeds."""
     s = SETTINGS[setting]
     options = argparse.Namespace(
-        data=data if s.file else "digits",
+        data=data if s.file else None,
         split=s.split,
         modalities=s.modalities,
         validate=validation_seed is not None,

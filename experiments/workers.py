@@ -22,13 +22,11 @@ def work_off(
     bar = progress.add_task(title, total=sum(job.cost for job in left))
     if options.workers == 1:
         for job in left:
-            perform(job, options.results, options.data_dir)
+            perform(job, options.results, options.data)
             progress.advance(bar, job.cost)
         return
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        running = {
-            pool.submit(perform, job, options.results, options.data_dir): job for job in left
-        }
+        running = {pool.submit(perform, job, options.results, options.data): job for job in left}
         for done in as_completed(running):
             done.result()
             progress.advance(bar, running[done].cost)

@@ -98,7 +98,7 @@ def test_one_seed_gives_no_interval() -> None:
 
 def test_validation_and_test_speakers_are_apart() -> None:
     """Speaker s is the test set of seed s, and speaker s + 1 its validation set, of 6."""
-    options = claims.parse(["--data-dir", "."])
+    options = claims.parse(["--data", "."])
     tested = {seed % 6 for seed in claims.seeds(options, "spoken_by_speaker")}
     validated = {(options.seed + seed + 1) % 6 for seed in claims.TUNING}
     assert not tested & validated

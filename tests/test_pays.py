@@ -144,7 +144,7 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for name, fewer in (("BATCHES", (32,)), ("SCALED", ()), ("SEEDS", range(3))):
         monkeypatch.setattr(pays_extras, name, fewer)
     page = page_for(["utd_mhad", "burgers"], tmp_path)
-    arguments = ["--settings", "utd_mhad", "burgers", "--data-dir", str(tmp_path), "--seeds", "3"]
+    arguments = ["--settings", "utd_mhad", "burgers", "--data", str(tmp_path), "--seeds", "3"]
     arguments += [
         "--extras",
         "--workers",

@@ -25,10 +25,11 @@ def run(name: str, output: Path, *options: str) -> dict[str, object]:
     return document
 
 
-def refused(main: Callable[[], object], *options: str) -> None:
-    """That an example ends with the error of its parser, without another interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["example", *options])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert ended.value.code == 2
+def refusal(
+    main: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str], *options: str
+) -> str:
+    """What an example says when it ends without a traceback; without another interpreter."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(options))
+    assert ended.value.code
+    return capsys.readouterr().err + str(ended.value.code)

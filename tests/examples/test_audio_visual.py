@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from tests.examples.running import EXAMPLES, METHODS, refused, run
+from tests.examples.running import EXAMPLES, METHODS, run
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
 
-import audio_visual_digits
 from audio_visual_digits import (
     RATE,
     make_data,
@@ -178,15 +177,6 @@ def test_the_unimodal_losses_reach_both_encoders_of_the_transformer() -> None:
             params = list(model.tokens[modality].parameters())
             grads = torch.autograd.grad(losses()[head], params)
             assert all(bool(grad.abs().sum() > 0) for grad in grads), (modality, head)
-
-
-def test_without_data_it_says_how_to_get_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(audio_visual_digits.main, "--data", str(tmp_path))
-    told = capsys.readouterr().err
-    assert str(tmp_path) in told
-    assert "free-spoken-digit-dataset" in told
 
 
 def test_real_speech_is_read(data_dir: Path) -> None:

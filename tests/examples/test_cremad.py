@@ -1,7 +1,5 @@
 """The CREMA-D example from wav and flv files made here to what a resumed training gives."""
 
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +104,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(
         cremad.main(arguments(data, parts, "--epochs", "2"))
     with pytest.raises(SystemExit, match="--resume goes on from there"):
         cremad.main(arguments(data, parts, "--epochs", "2"))
-    with pytest.raises(ValueError, match=r"trained with lr 0\.002, not 0\.1"):
+    with pytest.raises(SystemExit, match=r"trained with lr 0\.002, not 0\.1"):
         cremad.main(arguments(data, parts, "--epochs", "2", "--lr", "0.1", "--resume"))
     resumed = cremad.main(arguments(data, parts, "--epochs", "2", "--resume"))
 
@@ -289,10 +287,3 @@ def test_crops_are_parts_of_the_frame() -> None:
     assert slopes.abs().max() > 0.8
     again = cremad.crop_and_flip(ramp, torch.Generator().manual_seed(0)).flatten(0, 1)
     assert torch.equal(again, cropped)
-
-
-def test_without_pyav_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.delitem(sys.modules, "clips")
-    with pytest.raises(ImportError, match=r"extra 'video'.*pip install '.\[video\]'"):
-        importlib.import_module("clips")

@@ -7,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.examples.running import METHODS, refused, run
+from tests.examples.running import METHODS, run
 
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
-
-import multimnist
 
 HEADS = {"colored_gray_digits": {"mm", "gray", "colour"}, "multimnist": {"left", "right"}}
 
@@ -34,6 +32,7 @@ def test_digits(name: str, tmp_path: Path) -> None:
 
 def test_full_mnist_is_read(data_dir: Path, tmp_path: Path) -> None:
     """A tenth of an epoch would do, so the images are cut to the first thousand."""
+    (tmp_path / "mnist").mkdir()
     for name, rows in (("train", 1000), ("t10k", 200)):
         for kind, rank in (("images", 3), ("labels", 1)):
             file = f"{name}-{kind}-idx{rank}-ubyte.gz"
@@ -41,14 +40,8 @@ def test_full_mnist_is_read(data_dir: Path, tmp_path: Path) -> None:
                 header = source.read(4 + 4 * rank)
                 size = int(np.prod(struct.unpack(f">{rank - 1}I", header[8:]))) if rank > 1 else 1
                 body = source.read(rows * size)
-            with gzip.open(tmp_path / file, "wb") as target:
+            with gzip.open(tmp_path / "mnist" / file, "wb") as target:
                 target.write(header[:4] + struct.pack(">I", rows) + header[8:] + body)
     output = tmp_path / "out"
-    options = ("--data", "mnist", "--data-dir", str(tmp_path), "--seeds", "1", "--epochs", "1")
-    document = run("multimnist", output, *options)
-    assert document["settings"]["data"] == "mnist"  # type: ignore[index]
-
-
-def test_mnist_without_a_folder_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(multimnist.main, "--data", "mnist")
-    assert "--data mnist needs --data-dir" in capsys.readouterr().err
+    run("multimnist", output, "--data", str(tmp_path), "--seeds", "1", "--epochs", "1")
+    assert (output / "multimnist_mnist.json").is_file()
