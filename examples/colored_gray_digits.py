@@ -17,6 +17,7 @@ from time import perf_counter
 
 import torch
 from common import (
+    METHODS,
     Encoder,
     LateFusion,
     Split,
@@ -28,7 +29,10 @@ from common import (
     report,
 )
 from matplotlib import color_sequences
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mmpareto_optim import MMParetoOptimizer
 
 HEADS = {"mm": "multimodal", "gray": "gray only", "colour": "colour only"}
 JITTER = 0.02**0.5  # standard deviation of each colour channel, as in the data set
@@ -37,6 +41,20 @@ BLOCKS = {"mm+gray": "gray encoder", "mm+colour": "colour encoder"}
 
 def make_model(joint: bool) -> LateFusion:
     return LateFusion({"gray": Encoder(1), "colour": Encoder(3)}, joint)
+
+
+def make_optimizer(model: nn.Module, lr: float, method: str) -> MMParetoOptimizer:
+    """MMPareto around SGD, or one of the methods that it is compared with."""
+    sgd = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9)
+    return MMParetoOptimizer(sgd, **METHODS[method])  # for MMPareto: integration="mmpareto"
+
+
+def train_step(model: nn.Module, optimizer: MMParetoOptimizer, batch: Split) -> None:
+    """Gives the optimizer the joint loss and that of each modality, not their sum."""
+    logits = model(*batch.inputs)
+    losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in HEADS}
+    optimizer.zero_grad()
+    optimizer.step(losses=losses)
 
 
 def make_data(options: argparse.Namespace, seed: int) -> tuple[Split, Split]:
@@ -60,7 +78,7 @@ def _paint(images: Tensor, labels: Tensor, hues: Tensor, generator: torch.Genera
 def main(arguments: list[str] | None = None) -> None:
     started = perf_counter()
     options = parse_options(__doc__.split("\n")[0], arguments)
-    comparison = compare(options, make_data, make_model)
+    comparison = compare(options, make_data, make_model, make_optimizer, train_step)
     name = digits_name(options)
     path = report(comparison, "colored_gray_digits", name, HEADS, BLOCKS, started)
     plot_modalities(comparison, HEADS, BLOCKS, path)

@@ -258,15 +258,35 @@ class LateFusion(nn.Module):
         return self.logits(self.features(*inputs))
 
 
+def make_optimizer(model: nn.Module, lr: float, method: str) -> MMParetoOptimizer:
+    sgd = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9)
+    return MMParetoOptimizer(sgd, **METHODS[method])
+
+
+def train_step(model: nn.Module, optimizer: MMParetoOptimizer, batch: Split) -> None:
+    logits = model(*batch.inputs)
+    losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
+    optimizer.zero_grad()
+    optimizer.step(losses=losses)
+
+
+def record(cosines: dict[str, list[Tensor]], optimizer: MMParetoOptimizer, *_: object) -> None:
+    """Append the cosine of each block after a step: a hook."""
+    for block, stats in optimizer.stats.items():
+        cosines.setdefault(block, []).append(stats.cosine)
+
+
 def compare(
     options: argparse.Namespace,
     make_data: Callable[[argparse.Namespace, int], tuple[Split, Split]],
     make_model: Callable[[bool], nn.Module],
+    make_optimizer: Callable[[nn.Module, float, str], MMParetoOptimizer] = make_optimizer,
+    train_step: Callable[[nn.Module, MMParetoOptimizer, Split], None] = train_step,
 ) -> Comparison:
     """Train and score every method for every seed; the same data and start for each method.
 
     ``make_model(joint)`` builds a model whose forward gives logits by head; with ``joint``
-    only the joint head's loss reaches what the heads share.
+    only the joint head's loss reaches what the heads share. The demo brings the last two itself.
     """
     comparison = Comparison(options, {method: [] for method in options.methods})
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -279,10 +299,10 @@ def compare(
                 progress.update(bar, description=f"{method}, seed {seed}")
                 torch.manual_seed(seed)
                 model = make_model(method == JOINT)
-                sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
-                optimizer = MMParetoOptimizer(sgd, **METHODS[method])
+                optimizer = make_optimizer(model, options.lr, method)
                 cosines: dict[str, list[Tensor]] = {}
-                take_step = partial(train_step, model, optimizer, cosines)
+                optimizer.register_step_post_hook(partial(record, cosines))
+                take_step = partial(train_step, model, optimizer)
                 for _ in epochs(model, optimizer, train_split, options, take_step):
                     progress.advance(bar)
                 curves = {block: torch.stack(values).tolist() for block, values in cosines.items()}
@@ -313,17 +333,6 @@ def epochs(
             take_step(batch)
             schedule.step()
         yield epoch
-
-
-def train_step(
-    model: nn.Module, optimizer: MMParetoOptimizer, cosines: dict[str, list[Tensor]], batch: Split
-) -> None:
-    logits = model(*batch.inputs)
-    losses = {head: cross_entropy(logits[head], batch.labels[head]) for head in logits}
-    optimizer.zero_grad()
-    optimizer.step(losses=losses)
-    for block, stats in optimizer.stats.items():
-        cosines.setdefault(block, []).append(stats.cosine)
 
 
 @torch.no_grad()

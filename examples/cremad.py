@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,7 @@ from common import (
     accuracy,
     base_parser,
     plot_modalities,
+    record,
     report,
     require_data,
     train_step,
@@ -199,6 +201,8 @@ def train(
     sgd = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9, weight_decay=1e-4)
     optimizer = MMParetoOptimizer(sgd, **METHODS[method])
     schedule = StepLR(optimizer, DECAY_EPOCH, 0.1)
+    steps: dict[str, list[Tensor]] = {}
+    optimizer.register_step_post_hook(partial(record, steps))
     cosines: dict[str, list[float]] = {}
     checkpoint = Checkpoint(
         path,
@@ -209,9 +213,9 @@ def train(
     for epoch in range(options.epochs):
         if epoch >= first:
             model.train()
-            steps: dict[str, list[Tensor]] = {}
+            steps.clear()
             for batch in training_batches(data[0], options, seed, epoch):
-                train_step(model, optimizer, steps, batch)
+                train_step(model, optimizer, batch)
             schedule.step()
             for block, values in steps.items():
                 cosines.setdefault(block, []).extend(torch.stack(values).tolist())

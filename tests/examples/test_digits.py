@@ -3,6 +3,7 @@
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from tests.examples.running import METHODS, run
 pytest.importorskip("sklearn", reason="the examples extra is not installed")
 pytest.importorskip("matplotlib", reason="the examples extra is not installed")
 pytest.importorskip("rich", reason="the examples extra is not installed")
+
+import colored_gray_digits
+
+from mmpareto_optim import MMParetoOptimizer
 
 HEADS = {"colored_gray_digits": {"mm", "gray", "colour"}, "multimnist": {"left", "right"}}
 
@@ -45,3 +50,19 @@ def test_full_mnist_is_read(data_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     run("multimnist", output, "--data", str(tmp_path), "--seeds", "1", "--epochs", "1")
     assert (output / "multimnist_mnist.json").is_file()
+
+
+def test_the_demo_trains_with_the_optimizer_that_its_file_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Noted(MMParetoOptimizer):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(list(kwargs["losses"]))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(colored_gray_digits, "MMParetoOptimizer", Noted)
+    options = ["--methods", "MMPareto", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)]
+    colored_gray_digits.main(options)
+    assert seen == 20 * [["mm", "gray", "colour"]]  # 1257 images in batches of 64
