@@ -1,6 +1,8 @@
 """What each example says of itself, and without its data or a package."""
 
+import ast
 import importlib
+import runpy
 import sys
 from pathlib import Path
 
@@ -97,3 +99,25 @@ def test_a_package_that_is_not_installed(
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(SystemExit, match=rf"not installed: pip install '\.\[{extra}\]'"):
         importlib.import_module(name)
+
+
+def test_minimal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = EXAMPLES / "minimal.py"
+    monkeypatch.setattr(sys, "argv", ["minimal.py"])
+    found = runpy.run_path(str(path), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert f"Steps in conflict, of 240: {found['conflicts']}." in printed
+    assert sum(found["conflicts"].values()) > 0
+    assert list(found["opt"].stats) == list(found["conflicts"])
+    assert all(loss < 0.5 for loss in found["losses"].values())
+    modules = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name) or ""
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert {name.split(".")[0] for name in modules} == {"argparse", "torch", "mmpareto_optim"}
+
+    monkeypatch.setattr(sys, "argv", ["minimal.py", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: minimal.py\n")
