@@ -6,7 +6,7 @@ import csv
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 CREMAD_EMOTIONS = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
+# As the notes on videos and sounds in the README of the data set's repository say (March 2025).
+CREMAD_BROKEN = {
+    "1064_IEO_DIS_MD": "broken at the source: a minute long, with all emotions",
+    "1064_TIE_SAD_XX": "broken at the source: it has no duration",
+    "1076_MTI_NEU_XX": "broken at the source: the video is very short",
+    "1076_MTI_SAD_XX": "broken at the source: very short, without sound",
+}
 FRAMES = 2  # of a video: the middle frame of each half
 RATE = 22050  # Hz
 WINDOW, HOP = 512, 353  # samples
@@ -40,13 +47,17 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipSet:
-    """A data set; of a longer recording only ``seconds`` are kept, a shorter one is repeated."""
+    """A data set; of a longer recording only ``seconds`` are kept, a shorter one is repeated.
+
+    ``broken`` says, by name, why clips of the data set are neither in ``train`` nor in ``test``.
+    """
 
     name: str
     classes: tuple[str, ...]
     seconds: int
     train: list[Clip]
     test: list[Clip]
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def find_clips(folder: Path) -> ClipSet:
@@ -72,6 +83,7 @@ def _cremad(folder: Path) -> ClipSet:
     The literature's lists mix the actors (lines CLIP,EMOTION; published with OGM-GE, Peng et
     al., 2022). Without them the test set is every actor whose number ends in 0: 9 of the 91,
     about a tenth of the clips, as in the lists, by people who are not in the training set.
+    The clips of CREMAD_BROKEN are in neither.
     """
     names = sorted(path.stem for path in (folder / "AudioWAV").glob("*.wav"))
     lists = [folder / "train.csv", folder / "test.csv"]
@@ -84,8 +96,9 @@ def _cremad(folder: Path) -> ClipSet:
         "cremad",
         CREMAD_EMOTIONS,
         3,
-        [_cremad_clip(folder, name) for name in train],
-        [_cremad_clip(folder, name) for name in test],
+        [_cremad_clip(folder, name) for name in train if name not in CREMAD_BROKEN],
+        [_cremad_clip(folder, name) for name in test if name not in CREMAD_BROKEN],
+        {name: CREMAD_BROKEN[name] for name in (*train, *test) if name in CREMAD_BROKEN},
     )
 
 

@@ -8,11 +8,16 @@ that training does not see; the best epoch on the test set, which others report,
 DIR holds the data set's own files:
   CREMA-D (github.com/CheyneyComputerScience/CREMA-D): AudioWAV/*.wav and VideoFlash/*.flv (or
     frames as images, Frames/CLIP/*.jpg); with train.csv and test.csv in it (lines CLIP,EMOTION,
-    as published with OGM-GE) they are the split, otherwise the actors 1010, 1020 ... 1090 are the
-    test set;
+    as in data/CREMAD of github.com/GeWu-Lab/OGM-GE_CVPR2022) they are the split, otherwise the
+    actors 1010, 1020 ... 1090 are the test set. Four clips are left out, since they are broken
+    at the source, as the data set's README says: 1064_IEO_DIS_MD, 1064_TIE_SAD_XX,
+    1076_MTI_NEU_XX, 1076_MTI_SAD_XX;
   Kinetics-Sounds, or any clips: train/CLASS/*.mp4 and test/CLASS/*.mp4.
 They are decoded once, into DIR/prepared. Preparation and, with --resume, training go on where they
 were interrupted: a resumed training is the uninterrupted one. Meant for a GPU.
+
+What was run: the tests decode six real clips of CREMA-D, one of each emotion, train on them for
+an epoch, and read the published split. No network has been trained on a whole data set yet.
 
     python cremad.py --data DIR
     python cremad.py --data DIR --methods uniform MMPareto --seeds 3 --resume
@@ -115,7 +120,7 @@ def checkpoint_path(options: argparse.Namespace, clips: ClipSet, method: str, se
 
 
 def prepare_all(clips: ClipSet, options: argparse.Namespace) -> tuple[PreparedClips, PreparedClips]:
-    """Training and test clips; those that cannot be decoded are named and left out."""
+    """Training and test clips; those that are broken are named and left out."""
     folder = options.data / "prepared" / f"{clips.seconds}s_{options.frame_size}px"
     everything = clips.train + clips.test
     with Progress(*COLUMNS) as progress:
@@ -128,7 +133,7 @@ def prepare_all(clips: ClipSet, options: argparse.Namespace) -> tuple[PreparedCl
             max(1, options.workers),
             lambda: progress.advance(bar),
         )
-    for name, why in failed.items():
+    for name, why in (clips.broken | failed).items():
         print(f"left out: {name}: {why}")
 
     def usable(part: list[Clip]) -> PreparedClips:

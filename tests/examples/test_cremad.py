@@ -1,5 +1,6 @@
 """The CREMA-D example from wav and flv files made here to what a resumed training gives."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def test_what_cannot_be_decoded_is_named_and_left_out(
     spectrogram, frames, label = train[2]
     assert (spectrogram.shape, frames.shape, label) == ((1, 257, 188), (2, 3, SIZE, SIZE), 5)
 
+    for path in (data / "VideoFlash").glob("1010_*"):
+        path.write_bytes(b"no video")
+    with pytest.raises(SystemExit, match="none of the 2 clips could be decoded"):
+        cremad.prepare_all(
+            find_clips(data),
+            cremad.parse_options([*arguments(data, tmp_path), "--frame-size", "16"]),
+        )
+
     silent = tmp_path / "silent.mp4"
     write_clip(silent, sound=False)
     with pytest.raises(ValueError, match="has no sound"):
@@ -270,6 +279,87 @@ def test_no_actor_is_on_both_sides_unless_lists_say_so(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither AudioWAV/"):
         find_clips(tmp_path)
+
+
+def test_clips_that_are_broken_at_the_source_are_named_and_left_out(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their files need not be there."""
+    whole = "1009_DFA_ANG_XX"
+    (data / "train.csv").write_text("".join(f"{n},SAD\n" for n in (*clips.CREMAD_BROKEN, whole)))
+    (data / "test.csv").write_text("1010_IEO_SAD_HI,SAD\n")
+    train, test = cremad.prepare_all(
+        find_clips(data), cremad.parse_options(arguments(data, tmp_path, "--workers", "1"))
+    )
+    assert [clip.name for clip in train.clips + test.clips] == [whole, "1010_IEO_SAD_HI"]
+    printed = capsys.readouterr().out
+    assert all(f"left out: {name}: broken at the source" in printed for name in clips.CREMAD_BROKEN)
+
+
+@pytest.fixture
+def real(data_dir: Path) -> Path:
+    """Six clips of CREMA-D, and the published split of all."""
+    folder = data_dir / "cremad_clips"
+    if not folder.is_dir():
+        pytest.skip("no cremad_clips in MMPARETO_DATA")
+    return folder
+
+
+@pytest.fixture
+def six(real: Path, tmp_path: Path) -> Path:
+    """The six clips, on the sides that the published split gives them."""
+    folder = tmp_path / "six"
+    for kind in ("AudioWAV", "VideoFlash"):
+        shutil.copytree(real / kind, folder / kind)
+    for name in ("train.csv", "test.csv"):
+        lines = (real / name).read_text().splitlines()
+        there = [x for x in lines if (real / "AudioWAV" / f"{x.split(',')[0]}.wav").is_file()]
+        (folder / name).write_text("\n".join(there))
+    return folder
+
+
+def test_the_published_split(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for method in ("is_file", "exists"):  # 14,884 files that are not here
+        monkeypatch.setattr(Path, method, lambda path: True)
+    found = find_clips(real)
+    assert (len(found.train), len(found.test)) == (6694, 744)
+    assert set(found.broken) == set(clips.CREMAD_BROKEN)
+    emotions: dict[str, str] = {}
+    for name in ("train.csv", "test.csv"):
+        emotions |= dict(line.split(",") for line in (real / name).read_text().split())
+    assert len(emotions) == 7442
+    both = found.train + found.test
+    assert {clip.name for clip in both} == set(emotions) - set(clips.CREMAD_BROKEN)
+    assert all(found.classes[clip.label] == emotions[clip.name] for clip in both)
+
+
+def test_real_clips_are_decoded(six: Path) -> None:
+    wanted = all_clips(six)
+    assert sorted(clip.label for clip in wanted) == list(range(6))
+    for clip in wanted:
+        seconds = len(clips.read_audio(clip.audio, 3)) / clips.RATE
+        with av.open(str(clip.visual)) as video:
+            assert seconds == pytest.approx(video.duration / av.time_base, abs=0.1)
+        spectrogram, (first, last) = clips.decode(clip, 3, 64)
+        # Speech of 16 kHz has nothing above 8 kHz.
+        hertz = np.linspace(0, clips.RATE / 2, len(spectrogram))
+        speech, nothing = spectrogram[(hertz > 200) & (hertz < 4000)], spectrogram[hertz > 8500]
+        assert speech.mean() > nothing.mean() + 3
+        # One face, which moves, before a green screen.
+        assert 0 < abs(first.astype(int) - last).mean() < 10
+        red, green, blue = first[:, 5].mean(-1)
+        assert green > 1.5 * max(red, blue)
+
+
+@pytest.mark.usefixtures("fewer_spectra")
+def test_an_epoch_on_real_clips(
+    six: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = cremad.main(arguments(six, tmp_path / "out", "--epochs", "1"))
+    assert "cremad: 4 clips to train, 2 to test" in capsys.readouterr().out
+    (run,) = comparison.runs["MMPareto"]
+    assert [len(curve) for curve in run.cosines.values()] == [1, 1]
+    assert all(-1 <= curve[0] <= 1 for curve in run.cosines.values())
 
 
 def test_crops_are_parts_of_the_frame() -> None:
