@@ -408,20 +408,20 @@ def plot_cosines(axes: Axes, comparison: Comparison, block: str) -> None:
 def plot_modalities(
     comparison: Comparison, heads: Mapping[str, str], blocks: Mapping[str, str], path: Path
 ) -> None:
-    """Accuracy of each head as bars, then the cosine in each block over training."""
-    size = (5 + 4 * len(blocks), 4)
-    figure, (left, *others) = plt.subplots(1, 1 + len(blocks), figsize=size, layout="constrained")
+    """Accuracy of each head as bars, and below it the cosine in each block over training."""
+    heights = [3.2, *[1.9] * len(blocks)]  # as narrow as a phone's screen shows it readably
+    figure = plt.figure(figsize=(5.5, sum(heights)), layout="constrained")
+    bars, *others = figure.subplots(len(heights), height_ratios=heights)
     places = np.arange(len(heads))
     for number, method in enumerate(comparison.runs):
         means, spreads = zip(*(comparison.summary(method, head) for head in heads), strict=True)
-        left.bar(places + 0.16 * (number - 2), means, 0.16, yerr=spreads, capsize=2, label=method)
-    left.set_xticks(places, [title.replace(" ", "\n") for title in heads.values()])
-    left.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
-    left.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+        bars.bar(places + 0.16 * (number - 2), means, 0.16, yerr=spreads, capsize=2, label=method)
+    bars.set_xticks(places, list(heads.values()))
+    bars.set(ylabel="test accuracy (%)", title="Accuracy, mean and std over seeds", ylim=(0, 100))
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
 
     for axes, (block, part) in zip(others, blocks.items(), strict=True):
         plot_cosines(axes, comparison, block)
-        axes.set_title(part)
-        axes.set_ylabel("smallest cosine between gradients")
+        axes.set(title=f"Smallest cosine between gradients: {part}", ylabel="cosine")
     figure.savefig(path, dpi=120)
     print(f"Picture: {path}")

@@ -14,7 +14,7 @@ from pays_statistics import Row, harmful
 
 def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path: Path) -> None:
     """Gain of MMPareto over the two sums against the share of harmful steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5), layout="constrained")
+    figure, axes = plt.subplots(2, figsize=(5.5, 9), layout="constrained")
     for panel, physics in zip(axes, (False, True), strict=True):
         if not physics:  # from hundredths to tens of a per cent
             panel.set_xscale("symlog", linthresh=0.1)
@@ -25,7 +25,7 @@ def plot(settings: Sequence[str], rows: Sequence[Row], finished: Finished, path:
                 _points(panel, share, [row for row in rows if row.setting == setting])
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_xlabel("harmful steps under the plain sum (%), greatest block")
-        panel.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
     axes[0].set(title="Multimodal", ylabel="gain of MMPareto (points of accuracy)")
     axes[1].set(title="Physics", ylabel="gain of MMPareto (decades of error)")
     figure.savefig(path, dpi=110)

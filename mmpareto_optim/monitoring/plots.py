@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 PARTS = 20  # of a training, a point of a curve each
 MAX_BLOCKS = 6
 LINE_STYLES = ("-", "--", ":")  # of a block's curves: no more are drawn
-LEGEND_LINE = 0.2  # inches
+LEGEND_LINE = 0.22  # inches
+TWO_COLUMNS = 22  # characters of the longest label
 
 
 def plot_conflict(recorder: ConflictRecorder) -> Figure:
     """Cosines, rates of conflict and harm, and ratio of the longest gradient to the shortest.
 
-    A block has one color in all three panels. A point is the mean over a twentieth of its steps (of
-    ratios the geometric one), without those whose gradients are not finite, or of which fewer than
-    two are not zero. Of more than three pairs of losses those with the lowest cosines are drawn; of
-    more than six blocks those most often in conflict. Its ``savefig`` writes it to a file.
+    A block has one color in all three panels, which lie below each other. A point is the mean over
+    a twentieth of its steps (of ratios the geometric one), without those whose gradients are not
+    finite, or of which fewer than two are not zero. Of more than three pairs of losses those with
+    the lowest cosines are drawn; of more than six blocks those most often in conflict. Its
+    ``savefig`` writes it to a file.
     """
     blocks = [history.meeting().finite() for history in recorder.histories.values()]
     blocks = [block for block in blocks if block.steps]
@@ -40,19 +42,20 @@ def plot_conflict(recorder: ConflictRecorder) -> Figure:
         raise ValueError("no steps: record one in which two losses meet, with finite gradients")
     shown = sorted(blocks, key=lambda block: -block.stats().conflict.double().mean().item())
     shown = shown[:MAX_BLOCKS]
-    figure = _figure(3)
-    cosine, rate, ratio = figure.subplots(1, 3)
+    figure = _figure(height=7.5)
+    cosine, rate, ratio = figure.subplots(3, sharex=True)
     if len(shown) < len(blocks):
         figure.suptitle(f"The {len(shown)} of {len(blocks)} blocks most often in conflict")
     for number, block in enumerate(shown):
         _plot_block(cosine, rate, ratio, block, f"C{number}")
     cosine.axhline(0, color="black", linewidth=0.8)
-    cosine.set(title="Cosine between gradients", xlabel="step")
-    rate.set(title="Steps in conflict, harmful (dashed)", xlabel="step", ylabel="%", ylim=(-3, 103))
+    cosine.set(title="Cosine between gradients")
+    rate.set(title="Steps in conflict, harmful (dashed)", ylabel="%", ylim=(-3, 103))
     ratio.set(title="Norm of the longest gradient / the shortest", xlabel="step", yscale="log")
     lines, labels = cosine.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize="small")
-    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(labels) / 3))
+    columns = 2 if max(map(len, labels)) <= TWO_COLUMNS else 1
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(labels) / columns))
     return figure
 
 
@@ -63,7 +66,7 @@ def plot_slices(slices: Mapping[str, LossSlices]) -> Figure:
     """
     if not slices:
         raise ValueError("no slices: give at least one")
-    figure = _figure(1)
+    figure = _figure(height=4)
     axes = figure.subplots()
     for number, (name, of_model) in enumerate(slices.items()):
         distances, losses = of_model.distances.numpy(), of_model.losses.numpy()
@@ -76,14 +79,15 @@ def plot_slices(slices: Mapping[str, LossSlices]) -> Figure:
     return figure
 
 
-def _figure(panels: int) -> Figure:
+def _figure(height: float) -> Figure:
+    """As narrow as a phone's screen shows it readably."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "plotting needs matplotlib: pip install 'mmpareto-optim[plot]'", name="matplotlib"
         ) from error
-    return Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
+    return Figure(figsize=(5.5, height), layout="constrained")
 
 
 def _plot_block(cosine: Axes, rate: Axes, ratio: Axes, block: BlockHistory, color: str) -> None:
