@@ -12,13 +12,13 @@ from mmpareto_optim.messages import warn
 from mmpareto_optim.options import is_mapping
 
 
-def forwarded_property(holder: str, name: str) -> Any:
+def forwarded_property(holder: str, name: str, doc: str | None = None) -> Any:
     """An attribute of something that the optimizer holds, which reads and writes it there."""
 
     def write(self: Any, value: Any) -> None:
         setattr(getattr(self, holder), name, value)
 
-    return property(lambda self: getattr(getattr(self, holder), name), write)
+    return property(lambda self: getattr(getattr(self, holder), name), write, doc=doc)
 
 
 def forwarded_hook(name: str) -> Any:
@@ -29,7 +29,7 @@ def forwarded_hook(name: str) -> Any:
         return register_on_base(lambda _, *given: hook(self, *given), *args, **options)
 
     register.__name__ = name
-    register.__doc__ = "As in ``torch.optim``."
+    register.__doc__ = "As in ``torch.optim``; the hook is called with this optimizer."
     return register
 
 

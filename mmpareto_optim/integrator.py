@@ -75,9 +75,10 @@ class GradientIntegrator:
     Args:
         params: as ``torch.optim`` takes them: tensors, ``(name, tensor)`` pairs, or dicts with
             either as ``"params"``.
-        param_groups_by_modality: as for :class:`MMParetoOptimizer`, and so are all that follow:
-            ``integration``, ``gamma``, ``rescale``, ``check``, ``process_group``,
-            ``average_gradients`` and ``reduce_dtype``, with the same errors.
+        param_groups_by_modality: blocks chosen by hand. This argument and the following ones
+            (``integration``, ``gamma``, ``rescale``, ``check``, ``process_group``,
+            ``average_gradients`` and ``reduce_dtype``) mean what they mean for
+            :class:`MMParetoOptimizer`, and raise the same errors.
 
     Attributes:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
@@ -88,9 +89,9 @@ class GradientIntegrator:
             reach it joined by ``+``.
     """
 
-    integration = _option("integration", "The rule.")
-    gamma = _option("gamma", "Factor on the integrated gradients; None for the rule's default.")
-    rescale = _option("rescale", '``"encoder"`` or ``"tensor"``.')
+    integration = _option("integration", "The rule, a name or a function. Can be set.")
+    gamma = _option("gamma", "Factor on named rules; None for the rule's default. Can be set.")
+    rescale = _option("rescale", '``"encoder"`` or ``"tensor"``. Can be set.')
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class GradientIntegrator:
         param_groups_by_modality: Mapping[str, Any] | None = None,
         retain_graph: bool = False,
     ) -> None:
-        """As :meth:`MMParetoOptimizer.backward`."""
+        """Fill ``.grad``; arguments and errors are those of :meth:`MMParetoOptimizer.backward`."""
         integrate = uncompiled(self.integrate)
         integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
 
@@ -265,7 +266,7 @@ class GradientIntegrator:
 
     @property
     def blocks(self) -> Blocks:
-        """What the last backward found to be one block, heads included; printed as a table."""
+        """The blocks of the last backward, heads included; printing them shows a table."""
         return block_table(self._seen, self.param_groups)
 
     @property

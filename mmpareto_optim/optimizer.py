@@ -46,10 +46,10 @@ class MMParetoOptimizer(Optimizer):
         opt.zero_grad()
         opt.step(losses={"mm": loss, "audio": audio_loss, "visual": visual_loss})
 
-    ``optimizer`` is the base; of several one that steps each, with ``optimizers``.
-    ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's own, and
-    attributes that this class lacks (a third-party optimizer's ``train()``, say) are looked
-    up on the base. ``integration``, ``gamma`` and ``rescale`` may be changed later.
+    ``optimizer`` is the base; of several bases, one optimizer that steps them all and has them as
+    ``optimizers``. ``param_groups``, ``state``, ``defaults`` and ``state_dict()`` are the base's
+    own, and attributes that this class lacks (a third-party optimizer's ``train()``, say) are
+    looked up on the base. To set a name that neither has raises ``AttributeError``.
 
     Args:
         optimizer: the base, any ``torch.optim.Optimizer``; or a list or a dict of several that
@@ -86,8 +86,8 @@ class MMParetoOptimizer(Optimizer):
             8 bits before and after the sum, ``float16``, ``float32`` or ``float64``.
 
     Raises:
-        TypeError: ``optimizer`` is not an optimizer, or is wrapped already; what
-            ``param_groups_by_modality`` may not be.
+        TypeError: ``optimizer`` is not an optimizer, or is wrapped already;
+            ``param_groups_by_modality`` is not such a mapping.
         ValueError: an unknown rule, ``rescale`` or ``reduce_dtype``; ``gamma`` not positive; a
             parameter in two modalities, or one that the base does not hold; a ``process_group``
             that this process is not in; that or ``reduce_dtype`` without ``average_gradients``.
@@ -140,16 +140,16 @@ class MMParetoOptimizer(Optimizer):
             closure: re-evaluates the model: clears the gradients and returns the mapping
                 of losses, which is integrated before the base goes on. A closure that
                 returns anything else has done its own ``backward``, as in plain PyTorch.
-            losses: as for :meth:`backward`, and so are the others; ``features`` with losses only.
-            features: see there.
-            param_groups_by_modality: see there.
+            losses: scalars by name, each with a graph; the joint loss first.
+            features: outputs of the encoders by modality, see :meth:`backward`; only with losses.
+            param_groups_by_modality: overrides that of the constructor.
 
         Returns:
             What the base's step returns; with a closure the sum of its losses.
 
         Raises:
             TypeError: arguments that do not go together, or no closure for a base that needs one.
-            RuntimeError: a base that differentiates gradients once more; as :meth:`backward`.
+            RuntimeError: a base that differentiates gradients once more; see :meth:`backward`.
         """
         return uncompiled(self._stepped)(closure, losses, features, param_groups_by_modality)
 
@@ -214,14 +214,14 @@ class MMParetoOptimizer(Optimizer):
             losses: scalars by name, each with a graph; the joint loss first.
             features: outputs of the encoders by modality, the very tensors that the losses are
                 computed from; None for exact gradients. Parameters that are not behind a
-                feature are treated as without.
+                feature are treated as without ``features``.
             param_groups_by_modality: overrides that of the constructor.
             retain_graph: whether the graph is needed again, by another ``backward``.
 
         Raises:
             TypeError: ``losses`` is not a mapping from names to tensors; a sparse gradient.
-            ValueError: no loss; one that is not a scalar or has no graph; what features, sharded
-                parameters or the coefficients of your function may not be.
+            ValueError: no loss; one that is not a scalar or has no graph; a wrong feature; an
+                option that sharded parameters do not support; a rule's coefficients not ``(m,)``.
             RuntimeError: a loss whose graph was freed by an earlier backward, or goes through
                 a reentrant checkpoint; an error on another rank, or arguments unlike its.
 
@@ -238,9 +238,9 @@ class MMParetoOptimizer(Optimizer):
         self._integrator.end_window()
         self.optimizer.zero_grad(set_to_none)
 
-    integration = forwarded_property("_integrator", "integration")
-    gamma = forwarded_property("_integrator", "gamma")
-    rescale = forwarded_property("_integrator", "rescale")
+    integration = forwarded_property("_integrator", "integration", "The rule. Can be set.")
+    gamma = forwarded_property("_integrator", "gamma", "Factor on named rules. Can be set.")
+    rescale = forwarded_property("_integrator", "rescale", "As in the constructor. Can be set.")
 
     @property
     def stats(self) -> dict[str, BlockStats]:
@@ -249,7 +249,7 @@ class MMParetoOptimizer(Optimizer):
 
     @property
     def blocks(self) -> Blocks:
-        """The blocks of the last backward, heads included: print ``blocks.named(model)``."""
+        """The blocks of the last backward, heads included; print ``blocks.named(model)``."""
         return self._integrator.blocks
 
     # A checkpoint of the plain optimizer and of this one are the same.

@@ -95,7 +95,7 @@ class BlockStats:
 
     @property
     def min_norm(self) -> Tensor:
-        """Length of the min-norm point, a scalar: 0 at a Pareto-stationary point."""
+        """Length of the min-norm point, a scalar; 0 at a Pareto-stationary point."""
         alpha = self.alpha
         square = torch.einsum("...i,...ij,...j->...", alpha, self.gram, alpha)
         return square.clamp(min=0).sqrt()

@@ -21,6 +21,7 @@ from torch._functorch import config
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import mmpareto_optim
 from mmpareto_optim import MMParetoOptimizer
 
 ROOT = Path(__file__).parent.parent
@@ -203,6 +204,20 @@ def test_the_pictures(tmp_path: Path) -> None:
     shown = {name for page in PAGES for name in re.findall(r"_pictures/(\S+)", page.read_text())}
     assert drawn == shown
     assert all("</svg>" in (tmp_path / name).read_text() for name in drawn)
+
+
+def test_no_property_reads_as_a_type() -> None:
+    """Sphinx takes what stands before a colon in a property's first line for its type."""
+    classes = [each for each in vars(mmpareto_optim).values() if isinstance(each, type)]
+    properties = {
+        f"{each.__name__}.{name}": value.__doc__ or ""
+        for each in classes
+        for name, value in vars(each).items()
+        if isinstance(value, property) and not name.startswith("_")
+    }
+    assert "MMParetoOptimizer.blocks" in properties
+    read = [name for name, doc in properties.items() if ": " in doc.split("\n")[0]]
+    assert read == []
 
 
 def test_every_recipe_is_in_the_list() -> None:

@@ -35,7 +35,7 @@ class LossSlices:
 
     @property
     def sharpness(self) -> float:
-        """Mean of ``rises`` over the directions: how sharp the minimum is, 0 where flat."""
+        """How sharp the minimum is, the mean of ``rises`` over the directions; 0 where flat."""
         return float(self.rises.mean())
 
 

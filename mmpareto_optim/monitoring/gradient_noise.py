@@ -45,7 +45,7 @@ class GradientNoise:
 
     @property
     def norm(self) -> float:
-        """Length of the mean gradient: the root of ``squared_norm``, 0 where that is negative."""
+        """Length of the mean gradient, the root of ``squared_norm``; 0 where that is negative."""
         return math.sqrt(max(self.squared_norm, 0.0))
 
 
