@@ -1,5 +1,6 @@
 """The code of README.md and of every page in docs runs as it stands there."""
 
+import json
 import os
 import re
 import socket
@@ -30,6 +31,7 @@ OF_PROCESSES = [page for page in EVERY_RECIPE if "torchrun" in page.read_text()]
 RECIPES = [page for page in EVERY_RECIPE if page not in OF_PROCESSES]
 START = ROOT / "docs" / "recipes" / "README.md"
 PAGES = sorted(ROOT.glob("docs/*.md"))
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 FENCE = re.compile(r"^( *)```(python|diff|pycon)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 GOES_ON = "go on from the recipes' [start]"
 # What a page's code says that it needs, and the library that brings it.
@@ -172,7 +174,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted({*PAGES} - {TUTORIAL}), ids=lambda page: page.stem)
 def test_a_page(page: Path) -> None:
     if page.stem == "monitoring":
         pytest.importorskip("matplotlib", reason="the examples extra is not installed")
@@ -195,6 +197,45 @@ def test_what_a_page_includes_is_there(page: Path) -> None:
         for mark in re.findall(r': "(.+)"$', options, re.MULTILINE):
             _, found, text = text.partition(mark)
             assert found, f"{target} has no {mark!r} for docs/{page.name} to include from or to"
+
+
+def test_what_pays_is_what_the_evidence_has() -> None:
+    numbers = re.compile(r"[-+x] ?[\d.]+ \[.*?\]|[\d.]+ ± [\d.]+")
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    shown = numbers.findall((ROOT / "docs" / "does_it_pay.md").read_text())
+    assert len(shown) > 18
+    assert [each for each in shown if each not in evidence] == []
+
+
+def test_the_page_on_installing_has_the_projects_bounds_and_extras() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(each.split(">=") for each in project["dependencies"])
+    text = (ROOT / "docs" / "install.md").read_text()
+    python = project["requires-python"].removeprefix(">=")
+    assert f"Python {python} or newer and PyTorch {bounds['torch']} or newer" in text
+    assert f"NumPy {bounds['numpy']} or newer" in text
+    assert all(f"`{extra}`" in text for extra in project["optional-dependencies"])
+
+
+def test_the_tutorial() -> None:
+    """Its code prints what the page says, but for numbers, which differ from CPU to CPU."""
+    pytest.importorskip("sklearn", reason="the examples extra is not installed")
+    page = TUTORIAL.read_text()
+    fresh, picture = run_path(str(ROOT / "docs" / "notebook.py"))["executed"](page)
+    assert without_numbers(fresh) == without_numbers(page)
+    assert picture.startswith(b"\x89PNG")
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r" *[+-]?\d[\d.]*", " 0", text)
+
+
+def test_the_notebook_is_that_of_the_tutorial() -> None:
+    """Else: python docs/notebook.py."""
+    notebook = run_path(str(ROOT / "docs" / "notebook.py"))["notebook"]
+    made = notebook(TUTORIAL.read_text(), TUTORIAL.with_suffix(".png").read_bytes())
+    assert json.loads(TUTORIAL.with_suffix(".ipynb").read_text()) == made
 
 
 def test_the_pictures(tmp_path: Path) -> None:
