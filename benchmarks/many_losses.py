@@ -294,7 +294,7 @@ def main() -> None:
         return
 
     commit = commit_here()
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     results = {case: measure(case, options.rounds, CLOCKS[options.clock]) for case in options.cases}
     peaks = {case: {m: peak(case, m) for m in installed(METHODS)} for case in options.cases}
     head = (

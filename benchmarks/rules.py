@@ -161,7 +161,7 @@ def main() -> None:
         )
     head = (
         "# Rules: times and deviations\n\n"
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads, PyTorch "
+        f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), PyTorch "
         f"{torch.__version__}. Written by `benchmarks/rules.py`; its docstring says what the "
         "kinds of gradients are.\nMilliseconds of one call, ours / TorchJD's where it has the rule."
         "\n"

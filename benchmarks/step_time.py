@@ -179,7 +179,7 @@ def main() -> None:
         return
 
     commit = commit_here(options.commit)
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
     results = {case: measure(case, options.rounds) for case in options.cases}
     peaks = {
         case: {method: peak(case, method) for method in installed(METHODS)}

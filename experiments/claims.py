@@ -159,11 +159,11 @@ def rows_of(options: argparse.Namespace, task: str) -> Iterator[Row]:
             yield Row(2, title, f"{name}, {modality} encoder", "", values)
     yield from accuracy_rows(options, task)
     sharp = [[r["sharpness"] for r in side] for side in (uniform, mmpareto)]
-    yield compared(7, title, "sharpness: uniform less MMPareto", *sharp)
+    yield compared(7, title, "sharpness: uniform minus MMPareto", *sharp)
     for block in mmpareto[0]["curves"]:
         parts = [thirds(stationarity(r["curves"][block])) for r in mmpareto]
         first, last = zip(*parts, strict=True)
-        yield compared(8, title, f"{block}: first third less last", first, last)
+        yield compared(8, title, f"{block}: first third minus last", first, last)
 
 
 def conflict_rows(title: str, runs: list[Result]) -> Iterator[Row]:
@@ -172,7 +172,7 @@ def conflict_rows(title: str, runs: list[Result]) -> Iterator[Row]:
         shares = tuple(float(c.mean()) for c in curves)
         yield Row(1, title, f"{block}: steps in conflict, %", spread(shares), shares)
         first, last = zip(*(thirds(c) for c in curves), strict=True)
-        yield compared(1, title, f"{block}: first third less last, %", first, last)
+        yield compared(1, title, f"{block}: first third minus last, %", first, last)
 
 
 def thirds(curve: np.ndarray) -> tuple[float, float]:
@@ -199,7 +199,7 @@ def accuracy_rows(options: argparse.Namespace, task: str) -> Iterator[Row]:
 
     def row(claim: int, head: str, above: str, below: str) -> Row:
         sides = [scores(options, task, method, head) for method in (above, below)]
-        return compared(claim, title, f"{head or 'mean'}: {above} less {below}, %", *sides)
+        return compared(claim, title, f"{head or 'mean'}: {above} minus {below}, %", *sides)
 
     yield row(3, "mm" if modalities else "", "uniform", "conventional Pareto")
     for other in ("uniform", "uniform x 1.5"):
@@ -226,7 +226,7 @@ def ablation_rows(options: argparse.Namespace) -> Iterator[Row]:
         for method, other in pairs:
             sides = [scores(options, task, name) for name in (method, other)]
             if all(sides):
-                quantity = f"{method} less {other}"
+                quantity = f"{method} minus {other}"
                 yield compared(0, TASKS[task].title, quantity, *sides)
 
 

@@ -12,7 +12,7 @@ CLAIMS = {
     1: (
         "Conflict exists, most in early training",
         "Share of the steps of uniform training in which the two gradients of a block have a "
-        "negative cosine; then that share in the first third less that in the last third. A share "
+        "negative cosine; then that share in the first third minus that in the last third. A share "
         "cannot be negative, so the first row can hardly fail: read its size.",
     ),
     2: (
@@ -21,33 +21,33 @@ CLAIMS = {
         "batch covariance's trace in each encoder (`gradient_noise`, 16 batches of 64, after a "
         "tenth, a half and all of uniform training).",
     ),
-    3: ("Conventional Pareto is below uniform", "Accuracy of uniform less that of Pareto."),
+    3: ("Conventional Pareto is below uniform", "Accuracy of uniform minus that of Pareto."),
     4: (
         "MMPareto is above uniform",
-        "Accuracy of MMPareto less that of uniform, and less that of uniform times 1.5: the "
+        "Accuracy of MMPareto minus that of uniform, and minus that of uniform times 1.5: the "
         "control, which has the longer step without the direction.",
     ),
     5: (
         "MMPareto's encoders match or beat those trained alone",
-        "Accuracy of an encoder's own head less that of the encoder trained by its own loss alone, "
-        "at its own learning rate. *Undecided* also covers a match.",
+        "Accuracy of an encoder's own head minus that of the encoder trained by its own loss "
+        "alone, at its own learning rate. *Undecided* also covers a match.",
     ),
     6: (
         "MMPareto helps where the tasks' difficulty differs",
-        "Overlaid digits, the right one noisy: accuracy of MMPareto less that of uniform and of "
+        "Overlaid digits, the right one noisy: accuracy of MMPareto minus that of uniform and of "
         "the control.",
     ),
     7: (
         "MMPareto reaches flatter minima",
         "Sharpness (`loss_slices`, radius 0.5, 10 directions, sum of all losses on 512 training "
-        "samples) of uniform's end less that of MMPareto's.",
+        "samples) of uniform's end minus that of MMPareto's.",
     ),
     8: (
         "MMPareto converges to Pareto-stationary points",
         "In training: length of the min-norm point over the mean length of the gradients (of "
-        "mini-batches), its mean in the first third less that in the last. Convex: two quadratics "
+        "mini-batches), its mean in the first third minus that in the last. Convex: two quadratics "
         "in 5 dimensions with different Hessians, 1000 steps; orders of magnitude by which the "
-        "end is nearer to the known Pareto set than the start, less 2: what holds has come a "
+        "end is nearer to the known Pareto set than the start, minus 2: what holds has come a "
         "hundred times nearer. At a constant rate the stretched step need not vanish near the set.",
     ),
 }
@@ -121,20 +121,20 @@ def section(claim: int, rows: Sequence[Row]) -> str:
     title, method = CLAIMS[claim]
     mine = [row for row in rows if row.claim == claim]
     verdicts = [row.verdict for row in mine]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in (HOLDS, FAILS, OPEN) if v in verdicts)
-    parts = [f"## {claim}. {title}", f"{method} Rows: {counts or 'none measured'}."]
+    counts = ", ".join(f"{v} {verdicts.count(v)}" for v in (HOLDS, FAILS, OPEN) if v in verdicts)
+    parts = [f"## {claim}. {title}", f"{method} Verdicts: {counts or 'none measured'}."]
     return "\n\n".join([*parts, table(mine, judged=True)] if mine else parts)
 
 
 def page(rows: Sequence[Row], ablations: Sequence[Row], notes: Sequence[str], run: str) -> str:
     parts = [
         "# Evidence: the paper's claims, rerun",
-        "Each row is one difference, written so that the claim makes it positive, paired by seed. "
+        "Each row is one difference, paired by seed, and positive if the claim is right. "
         "*Holds*: its 95 % interval (Student's t) lies above 0; *does not hold*: below 0; "
-        "*undecided*: it contains 0. The intervals are not corrected for their number.",
+        "*undecided*: it contains 0. The intervals are not corrected for multiple comparisons.",
         *(section(claim, rows) for claim in CLAIMS),
         "## Ablations",
-        "Accuracy in % (mean of the main heads) less that of the second method named.",
+        "Accuracy in % (mean of the main heads) minus that of the second method named.",
         table(ablations, judged=False) if ablations else "Not run.",
         "## How it was run",
         "\n".join(f"- {note}" for note in notes),

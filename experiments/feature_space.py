@@ -1,4 +1,4 @@
-"""Feature-space integration beside the exact one, on the examples' data; writes FEATURE_SPACE.md.
+"""Feature-space and exact integration compared on the examples' data; writes FEATURE_SPACE.md.
 
     python experiments/feature_space.py                  # scikit-learn's digits
     python experiments/feature_space.py --data DIR   # and spoken with written digits
@@ -120,7 +120,7 @@ def page(example: str, runs: dict[str, list[Run]]) -> str:
     for title, other in (("exact", "exact"), ("uniform", "uniform")):
         pairs = list(zip(runs["feature-space"], runs[other], strict=True))
         cells = [interval([a.accuracy[h] - b.accuracy[h] for a, b in pairs]) for h in heads]
-        lines.append(f"| feature-space less {title}, 95 % interval | " + " | ".join(cells) + " |")
+        lines.append(f"| feature-space minus {title}, 95 % interval | " + " | ".join(cells) + " |")
     lines += [
         "",
         "| encoder | conflict, exact % | conflict, at the feature % | agreement % | correlation "
@@ -162,7 +162,7 @@ def main() -> None:
         for seed, method in track(jobs, description=name):
             results[name][method].append(train(name, method, seed, settings))
     head = (
-        "# Feature-space integration beside the exact one\n\n"
+        "# Feature-space integration compared with the exact one\n\n"
         f"{platform.machine()} CPU, PyTorch {torch.__version__}, seeds {seeds.start} to "
         f"{seeds.stop - 1}. Written by `experiments/feature_space.py`; its docstring says what the "
         "columns are.\n"

@@ -115,7 +115,7 @@ def methods_table(setting: str, rows: Sequence[Row], finished: Finished) -> str:
 
 
 def lengths_table(settings: Sequence[str], rows: Sequence[Row]) -> str:
-    """MMPareto less the sum that is as long: what the direction gives."""
+    """MMPareto minus the sum that is as long: what the direction gives."""
     lines = []
     for setting in settings:
         mine = [row for row in rows if (row.claim, row.setting) == ("direction", setting)]

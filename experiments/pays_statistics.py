@@ -28,7 +28,7 @@ BETTER, WORSE, OPEN = "better", "worse", "undecided"
 
 @dataclass(frozen=True)
 class Row:
-    """MMPareto less something else in one setting: positive where MMPareto is better.
+    """MMPareto minus something else in one setting: positive where MMPareto is better.
 
     A claim is the comparisons that Holm corrects together, over all settings: with the plain sum;
     the best sum; MMPareto's coefficients replayed; other rules; the sum made as long; simpler ways;
@@ -113,7 +113,7 @@ def rows_of(setting: str, finished: Finished) -> Iterator[Row]:
 
 
 def rows_of_rules(setting: str, finished: Finished) -> Iterator[Row]:
-    """Each rule, MMPareto by default among them, less the plain and the best sum.
+    """Each rule, MMPareto by default among them, minus the plain and the best sum.
 
     Two claims of their own; ``other`` is the rule.
     """

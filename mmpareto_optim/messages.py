@@ -40,7 +40,7 @@ class BlockInfo:
 
     Attributes:
         name: as in ``stats``: the modality or feature, or the objectives joined by ``+``. What
-            no loss reaches is told last, as ``(no loss)`` and ``(frozen)``.
+            no loss reaches is listed last, as ``(no loss)`` and ``(frozen)``.
         objectives: names of the losses that reach it.
         parameters: their names, or their places in ``param_groups`` and shapes.
         numbers: how many numbers they have together.

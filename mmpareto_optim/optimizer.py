@@ -60,7 +60,7 @@ class MMParetoOptimizer(Optimizer):
         integration: the rule: ``"mmpareto"``; ``"pareto"``, the plain min-norm point (MGDA);
             ``"uniform"``, the sum; ``"config"``, equal cosines (ConFIG); ``"upgrad"``, each
             gradient projected on the dual cone; ``"dualproj"``, the sum projected on it, which is
-            the sum wherever that harms nobody; or a function from a Gram matrix ``(m, m)``, in
+            the sum wherever it raises no loss; or a function from a Gram matrix ``(m, m)``, in
             float64, to the coefficients ``(m,)`` of the gradients. One that has a ``reset()``
             keeps a state, and each block gets a copy of its own.
         gamma: factor on the integrated gradients of any named rule, positive; None for 1.5 with

@@ -25,7 +25,7 @@ def dualproj_coefficients(gram: Tensor) -> Tensor:
     ``h = g + sum_i v_i g_i`` with ``v = argmin_{v >= 0} ||h||``: the nearest to ``g = sum_i g_i``
     with ``h . g_i >= 0`` for every ``i`` (Lopez-Paz & Ranzato 2017, arXiv 1706.08840, Equation 11,
     which projects the newest gradient). The sum itself, to the last bit of the coefficients,
-    wherever that harms nobody, and never longer. ``DualProj`` of TorchJD projects the mean.
+    wherever it raises no loss, and never longer. ``DualProj`` of TorchJD projects the mean.
 
     ``h . g_i >= 0`` holds to about ``8 m`` times the machine epsilon of the lengths of what is
     combined, and so does ``h = 0`` at a Pareto-stationary point. No coefficient is below 1. Shapes,
