@@ -192,17 +192,16 @@ class MMParetoOptimizer(Optimizer):
     ) -> None:
         """Leave the integrated gradients of the losses in ``.grad``, as ``backward`` does.
 
-        One backward pass a loss; the graph of the first is freed. Called again before
-        ``zero_grad()`` or ``step()``, the gradients of each loss accumulate and their
-        sums are integrated: micro-batches give what one large batch gives, as long as nothing
-        else changes ``.grad`` in between. What does (clipping, another ``backward``) is added
-        to and not integrated again.
+        It makes one backward pass for each loss. If it is called again before ``zero_grad()`` or
+        ``step()``, the gradients of each loss accumulate and their sums are integrated, so that
+        micro-batches give what one large batch gives. If something else changes ``.grad`` in
+        between (clipping, another ``backward``), the next gradients are added to what is there.
 
         Unlike ``Tensor.backward``, this reaches only the parameters that the base holds, runs
-        tensor hooks once a loss and no post-accumulate-grad hooks, and refuses
+        tensor hooks once for each loss and no post-accumulate-grad hooks, and refuses
         ``torch.utils.checkpoint`` with ``use_reentrant=True``: use ``use_reentrant=False``.
-        Where parameters are DTensors it is ``Tensor.backward`` that runs, once a loss. With
-        several processes it is collective.
+        For DTensors, ``Tensor.backward`` itself runs once for each loss. With several processes,
+        all ranks have to call it.
 
         With ``features`` the losses are differentiated down to the encoders' outputs only and
         integrated there (Sener & Koltun 2018, Section 3.3); one backward pass takes the result

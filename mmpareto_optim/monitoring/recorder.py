@@ -41,7 +41,7 @@ class ScalarWriter(Protocol):
 class ConflictRecorder:
     """Collects ``opt.stats`` step by step, for a summary, a table, TensorBoard or a picture.
 
-    Either one line after each step or a hook, once for the whole training::
+    Call :meth:`record` after each step, or register it as a hook once for the whole training::
 
         recorder = ConflictRecorder()
         opt.register_step_post_hook(recorder.record)
@@ -50,9 +50,9 @@ class ConflictRecorder:
             ...
         print(recorder.summary())
 
-    Recording waits for nothing: a step adds one small copy a block on the block's device, where it
-    stays until the next reading: of a block of ``m`` losses ``8 * (m * m + m + 1)`` bytes, 56 MB
-    for two losses and a million steps.
+    Recording does not wait for the device. Each step adds one small copy for each block, which
+    stays on the block's device until it is read: ``8 * (m * m + m + 1)`` bytes for a block of
+    ``m`` losses, which is 56 MB for two losses and a million steps.
 
     Attributes:
         step: number of the next step; to be set where steps are not recorded.
@@ -72,8 +72,9 @@ class ConflictRecorder:
     def record(self, source: HasStats, *_hook_arguments: object) -> None:
         """Add what the last integration of an optimizer or integrator saw as one step.
 
-        Call it once a step, whatever the number of micro-batches before it, and not where nothing
-        was integrated: that would repeat the step before. What else a step hook gets is ignored.
+        Call it once for each step, whatever the number of micro-batches, and not after a step in
+        which nothing was integrated: that would record the step before once more. The other
+        arguments that a step hook gets are ignored.
         """
         step = RecordedStep(self._recorded, self.step, self.epoch)
         stats_by_block = getattr(source, "stats", None)
@@ -89,9 +90,10 @@ class ConflictRecorder:
         self.step += 1
 
     def summary(self) -> Summary:
-        """What was recorded in a few numbers a block, and whether integration can pay there.
+        """A few numbers for each block, and whether integration can pay there.
 
-        Printed it is a table, with the losses that the sum opposes and a verdict for each block.
+        When printed, it shows a table, the losses that the sum opposes, and a verdict for each
+        block.
         """
         return summarize(self.histories.values())
 
@@ -107,7 +109,7 @@ class ConflictRecorder:
         return self._rows(COLUMNS)
 
     def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the table; what a block does not have (another's losses) stays empty."""
+        """Write the table; columns that a block does not have (other losses) stay empty."""
         rows = self.rows()
         columns = dict.fromkeys(column for row in rows for column in row)
         with Path(path).open("w", newline="", encoding="utf-8") as file:
@@ -116,12 +118,12 @@ class ConflictRecorder:
             writer.writerows(rows)
 
     def write_scalars(self, writer: ScalarWriter) -> None:
-        """Write what this writer has not got yet as curves, ``BLOCK/COLUMN`` over steps.
+        """Write the steps that this writer has not got yet, as curves ``BLOCK/COLUMN``.
 
         The columns are ``conflict``, ``harmful``, ``cosine``, ``scale``, ``coefficient/NAME`` and
-        ``norm/NAME``, with ``-`` for ``+`` and ``_`` for what MLflow does not take. A new writer
-        gets everything; after :meth:`load_state_dict`, what some writer had not got before
-        ``state_dict()``.
+        ``norm/NAME``, with ``-`` for ``+`` and ``_`` for characters that MLflow does not accept. A
+        new writer gets everything; after :meth:`load_state_dict` it gets what some writer had not
+        got before ``state_dict()``.
         """
         is_known = self._writers.get(id(writer)) is writer
         first = self._written[id(writer)] if is_known else self._written_before
@@ -144,7 +146,7 @@ class ConflictRecorder:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where the recorder that gave ``state_dict`` stopped; what is here is dropped."""
+        """Go on where the recorder that gave ``state_dict`` stopped; earlier steps are dropped."""
         histories = [BlockHistory(**state) for state in state_dict["histories"]]
         self.histories = {(history.block, history.objectives): history for history in histories}
         self.step, self.epoch = state_dict["step"], state_dict["epoch"]
