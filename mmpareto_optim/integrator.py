@@ -84,9 +84,8 @@ class GradientIntegrator:
         param_groups: the parameters, in dicts as ``torch.optim`` has them.
         most_losses: how many losses there have been at most in a backward.
         has_integrated: whether there has been a backward.
-        stats: for each block of two or more objectives a :class:`BlockStats` of the last
-            integration, by the block's name: the modality, or the names of the losses that
-            reach it joined by ``+``.
+        stats: by name of a block of two or more losses, as ``"mm+audio"`` or that of a modality,
+            a :class:`BlockStats` of the last integration.
     """
 
     integration = _option("integration", "The rule, a name or a function. Can be set.")
