@@ -17,6 +17,7 @@ SIGN = "do not add up"
 # over the losses' gradients for one parameter, and over those for all. The check leaves a third
 # of it, or less, to rounding.
 UNCLEAR = {False: (0.06, 0.005), True: (0.3, 0.1)}
+OF_FLAT = 0.15  # in place of the latter, for parameters of one dimension
 
 
 class Complaints:
@@ -39,7 +40,7 @@ class Complaints:
         """
         new, self._read = self._caught[self._read :], len(self._caught)
         found = [each for each in new if SIGN in str(each.message)]
-        if found and not (self._clips or (self._misbehaves and self._is_first)):
+        if found and not (self._clips or self._misbehaves):
             raise DeviationError(f"a warning without a reason: {found[0].message}")
         if any(not issubclass(each.category, UserWarning) for each in found):
             raise DeviationError("a warning of another category")
@@ -58,14 +59,15 @@ def sums_differ(case: Case, micro: Micro) -> bool:
         # The library begins with the loss that was given last.
         each = reference.gradients(dict(reversed(losses.items())), targets)
         whole = reference.of_sum(losses, targets)
-    apart, sizes = [], []
+    apart, sizes, flat = [], [], []
     for index in whole:
         own = [gradient for (_, at), gradient in each.items() if at == index]
         if len(own) > 1:
             apart.append(float(np.linalg.norm(sum(own) - whole[index])))
             sizes.append(math.fsum(float(np.linalg.norm(gradient)) for gradient in own))
+            flat.append(targets[index].ndim < 2)
     is_half = case.autocast is not None or torch.bfloat16 in case.plan.dtypes.values()
     of_one, of_all = UNCLEAR[is_half]
-    least = of_all * math.hypot(*sizes)
-    pairs = zip(apart, sizes, strict=True)
-    return any(distance > max(of_one * size, least) for distance, size in pairs)
+    least = {is_flat: max(of_all, OF_FLAT * is_flat) * math.hypot(*sizes) for is_flat in (0, 1)}
+    pairs = zip(apart, sizes, flat, strict=True)
+    return any(far > max(of_one * size, least[is_flat]) for far, size, is_flat in pairs)
