@@ -1,6 +1,7 @@
 """What shows itself over several steps, and is warned of once."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 
 from torch import Tensor, nn
 
@@ -16,6 +17,9 @@ LARGE_COEFFICIENT = 1e4
 """A coefficient that is warned of, if the gradient is less than ``SMALL_NORM`` of the longest."""
 
 SMALL_NORM = 1e-3
+
+ZERO = 1e-7
+"""A result whose square is below this share of its parts' is zero but for their rounding."""
 
 STEPS_WATCHED = 100
 """First steps of a block, after which one that mostly stood still is warned of."""
@@ -112,7 +116,7 @@ class Watch:
             steps, zeros = self._stood_still.get(name, (0, 0))
             if steps == STEPS_WATCHED:
                 continue
-            steps, zeros = steps + 1, zeros + (not any(numbers))
+            steps, zeros = steps + 1, zeros + stands_still(stats[name].gram.tolist(), numbers)
             self._stood_still[name] = steps, zeros
             if max(numbers) > LARGE_COEFFICIENT and not self._warned_of_small:
                 self._warned_of_small = warn_of_small_gradient(name, stats[name])
@@ -126,13 +130,21 @@ def _has_lost(now: Layout, before: Layout | None) -> bool:
     return any(b and not n for n, b in zip(now.given, before.given, strict=True))
 
 
+def stands_still(gram: Sequence[Sequence[float]], factors: Sequence[float]) -> bool:
+    """Whether gradients other than zero gave a result of zero, by factors of zero or not."""
+    places = range(len(factors))
+    square = sum(factors[i] * factors[j] * gram[i][j] for i in places for j in places)
+    parts = sum(abs(factors[i]) * sqrt(gram[i][i]) for i in places) ** 2
+    return square <= ZERO * parts and any(gram[i][i] for i in places)
+
+
 def warn_of_standing_block(name: str, zeros: int, steps: int) -> None:
     """A warning of a block whose result was zero in most steps."""
     warn(
         f"block {name!r} has stood still in {zeros} of {steps} steps: no direction is common to "
         "its losses' gradients there, as in a block of few numbers or near a Pareto-stationary "
-        'point. Join it to others by param_groups_by_modality, or use integration="uniform" or '
-        '"upgrad"'
+        "point. No rule that raises no loss moves it: join it to others by "
+        'param_groups_by_modality, or use integration="uniform"'
     )
 
 

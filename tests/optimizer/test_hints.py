@@ -109,3 +109,43 @@ def test_nearly_opposite_gradients_are_not_told_of() -> None:
         warnings.simplefilter("error")
         opt.step(losses={"one": weight[0], "other": -2 * weight[0] + 1e-5 * weight[1]})
     assert opt.stats["one+other"].coefficients.max() > 1e4
+
+
+def opposed(steps: int, rule: str, by_hand: str) -> tuple[float, list[str]]:
+    """How far a bias that two losses pull apart has moved, and what was warned of."""
+    torch.manual_seed(0)
+    weight, bias = (torch.nn.Parameter(torch.randn(size)) for size in (50, 1))
+    blocks: dict[str, Any] = {"weight": [weight], "bias": [bias]}
+    if by_hand == "joined":
+        blocks = {"both": [weight, bias]}
+    base = SGD([weight, bias], lr=1e-3)
+    opt = MMParetoOptimizer(base, blocks, integration=rule)
+    one, other, before = torch.randn(50), torch.randn(50), float(bias.detach())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            up, down = (weight * one).sum() + bias.sum(), (weight * other).sum() - 2 * bias.sum()
+            opt.zero_grad()
+            opt.step(losses={"up": up, "down": down})
+    return abs(float(bias.detach()) - before), [str(each.message) for each in told]
+
+
+@pytest.mark.parametrize("rule", ["mmpareto", "pareto", "upgrad", "dualproj", "config"])
+def test_a_block_that_stands_still_is_told_of_once(rule: str) -> None:
+    assert opposed(99, rule, "bias apart")[1] == []
+    moved, told = opposed(250, rule, "bias apart")
+    assert moved < 1e-5
+    assert len(told) == 1
+    assert told[0].startswith("block 'bias' has stood still in 100 of 100 steps")
+    assert "join it to others by param_groups_by_modality" in told[0]
+    assert 'use integration="uniform"' in told[0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "by_hand"),
+    [("uniform", "bias apart"), *((r, "joined") for r in ("mmpareto", "upgrad", "config"))],
+)
+def test_what_that_warning_advises_moves_the_block(rule: str, by_hand: str) -> None:
+    moved, told = opposed(250, rule, by_hand)
+    assert moved > 1e-2
+    assert told == []
