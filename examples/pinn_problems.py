@@ -1,4 +1,4 @@
-"""Three partial differential equations with their losses, solutions and network."""
+"""Four partial differential equations with their losses, solutions and network."""
 
 from __future__ import annotations
 
@@ -193,6 +193,30 @@ def klein_gordon_losses(net: Network, points: Points) -> Losses:
     }
 
 
+# Poisson: u_xx + u_yy = q, u = 0 on the boundary, solved by sin(pi x) sin(pi y). The residual has
+# derivatives alone, and the last bias is reached by the two losses of the boundary only.
+def poisson_solution(points: Tensor) -> Tensor:
+    return (pi * points).sin().prod(-1)
+
+
+def poisson_points(count: int) -> Points:
+    return {
+        "residual": inside(SQUARE, count),
+        "sides": on_sides(SQUARE, 0, (0, 1), count // 8),
+        "ends": on_sides(SQUARE, 1, (0, 1), count // 8),
+    }
+
+
+def poisson_losses(net: Network, points: Points) -> Losses:
+    _, _, second = net.derivatives(points["residual"])
+    source = -2 * pi**2 * poisson_solution(points["residual"])
+    return {
+        "residual": (second.sum(0) - source).square().mean(),
+        "sides": net(points["sides"]).square().mean(),
+        "ends": net(points["ends"]).square().mean(),
+    }
+
+
 PROBLEMS = {
     "helmholtz": Problem(
         ("x", "y"), SQUARE, helmholtz_points, helmholtz_losses, helmholtz_solution
@@ -201,4 +225,5 @@ PROBLEMS = {
     "klein_gordon": Problem(
         ("t", "x"), UNIT, klein_gordon_points, klein_gordon_losses, klein_gordon_solution
     ),
+    "poisson": Problem(("x", "y"), SQUARE, poisson_points, poisson_losses, poisson_solution),
 }
