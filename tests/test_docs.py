@@ -38,6 +38,7 @@ GOES_ON = "go on from the recipes' [start]"
 OPTIONAL = {
     "import Accelerator": "accelerate",
     "import deepspeed": "deepspeed",
+    "import deepxde": "deepxde",
     "import lightning": "lightning",
     "from lightning.fabric": "lightning",
     "from torchjd": "torchjd",
