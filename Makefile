@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.examples
 	OMP_NUM_THREADS=1 $(BIN)/python examples/colored_gray_digits.py
 
+# Two at a time: each test takes one thread, and a few start processes of their own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow or not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow" --cov --cov-report=term
 
 # For whoever has a CUDA device: its tests, times and memory, in benchmarks/CUDA.md. At most ten minutes.
 gpu: $(VENV)/.dev
