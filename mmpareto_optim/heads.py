@@ -77,6 +77,8 @@ class UnimodalHeads(nn.Module):
             raise ValueError("encoders is empty: name at least one modality's encoder")
         if operator.index(num_classes) < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
+        if any("." in name for name in encoders):
+            raise ValueError(f"a modality's name cannot have a dot in it, got {list(encoders)}")
         self.model = model
         self.features: dict[str, Tensor] = {}
         modules = {name: _found(model, name, given) for name, given in encoders.items()}
@@ -192,12 +194,16 @@ def _selected(name: str, output: Any, select: Any) -> Tensor:
 
 
 def _pooled(name: str, output: Tensor, pool: Pool | None) -> Tensor:
-    if callable(pool):
-        pooled = pool(output)
-    elif pool is not None:
-        pooled = output.mean(pool)
-    else:
-        pooled = output.flatten(2).mean(2) if output.ndim > 3 else output
+    try:
+        if pool is None:
+            pooled = output.flatten(2).mean(2) if output.ndim > 3 else output
+        else:
+            pooled = pool(output) if callable(pool) else output.mean(pool)
+    except (IndexError, TypeError) as error:
+        raise ValueError(
+            f"pool={pool!r} cannot be taken of the encoder of modality {name!r}, which gives shape "
+            f"{tuple(output.shape)}: give a dimension, several, or a function"
+        ) from error
     if pooled.ndim != 2:
         raise ValueError(
             f"the encoder of modality {name!r} gives shape {tuple(output.shape)}, and its head "

@@ -177,7 +177,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {TUTORIAL}), ids=lambda page: page.stem)
 def test_a_page(page: Path) -> None:
-    if page.stem == "monitoring":
+    if "plot_conflict" in page.read_text():
         pytest.importorskip("matplotlib", reason="the examples extra is not installed")
     namespace = start() if GOES_ON in page.read_text() else {"__name__": "page"}
     for code in code_of(page):

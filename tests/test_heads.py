@@ -487,3 +487,16 @@ def test_outputs_that_are_to_be_pooled(shape: tuple[int, ...], pool: Any, messag
     heads = UnimodalHeads(Encodes(shape), {"only": "net"}, 3, pool=pool)
     with pytest.raises(ValueError, match=message):
         heads(torch.randn(4, 2))
+
+
+def test_a_name_that_no_submodule_can_have() -> None:
+    with pytest.raises(ValueError, match=r"dot in it, got \['a.b'\]"):
+        UnimodalHeads(LateFusion(), {"a.b": "audio"}, 3)
+
+
+@pytest.mark.parametrize("pool", ["mean", 5])
+def test_a_pool_that_cannot_be_taken(pool: Any) -> None:
+    model = nn.Sequential(nn.Linear(5, 6))
+    heads = UnimodalHeads(model, {"audio": "0"}, 3, pool=pool)
+    with pytest.raises(ValueError, match=r"pool=.*modality 'audio', which gives shape \(2, 6\)"):
+        heads(torch.randn(2, 5))
