@@ -63,8 +63,7 @@ def _option(name: str, doc: str) -> Any:
 class GradientIntegrator:
     """Fills ``.grad`` with gradients common to several losses, as ``Tensor.backward`` fills it.
 
-    For training loops that step by themselves: several optimizers on one graph, a trainer that
-    owns the step. :class:`MMParetoOptimizer` is an optimizer around it::
+    For loops that step by themselves. :class:`MMParetoOptimizer` is an optimizer around it::
 
         integrator = GradientIntegrator(model.parameters())
         integrator.zero_grad()
@@ -139,8 +138,8 @@ class GradientIntegrator:
         retain_graph: bool = False,
     ) -> None:
         """Fill ``.grad``; arguments and errors are those of :meth:`MMParetoOptimizer.backward`."""
-        integrate = uncompiled(self.integrate)
-        integrate(losses, features, param_groups_by_modality, retain_graph, keep=True)
+        options = features, param_groups_by_modality, retain_graph
+        uncompiled(self.integrate)(losses, *options, keep=True)
 
     def integrate(
         self,
@@ -157,6 +156,7 @@ class GradientIntegrator:
         with processes.failing_together():
             losses, modalities = self._checked(losses, features, by_hand, processes)
             earlier = next((window for window in self._windows if window.goes_on()), None)
+            self._windows = () if earlier is None else (earlier,)  # of a failed write none stays
             constants = partial(self._constants, params, modalities, features)
             keeps = keep or earlier is not None
             autocast = autocast_around(params)
