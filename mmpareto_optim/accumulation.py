@@ -21,17 +21,22 @@ Autocast = dict[str, torch.dtype]
 """By type of device the dtype of an autocast region."""
 
 
+TELLS = torch.__version__ >= "2.13"
+"""Whether weak references end with a tensor. In 2.8 the garbage collector may end those of one that
+only PyTorch still holds; versions in between were not tried."""
+
+
 class _Written(NamedTuple):
     """What was written to a parameter's ``.grad``, by which an edit of it is told.
 
-    Not the tensor itself, which lives as long as anybody else needs it: ``alive`` ends the
-    window with the last of them.
+    Not by the tensor itself, which lives as long as anybody else needs it: ``alive`` is a weak
+    reference that ends the window with the last of them; in older PyTorch the tensor, after all.
     """
 
     identity: int
     version: int
     fingerprint: Tensor
-    alive: "weakref.ref[Tensor]"
+    alive: object
 
 
 class GradAccumulator:
@@ -126,7 +131,7 @@ class GradAccumulator:
                     id(total),
                     total._version,
                     fingerprint(processes.local(total)),
-                    weakref.ref(total, partial(_forget_in, owner, position)),
+                    weakref.ref(total, partial(_forget_in, owner, position)) if TELLS else total,
                 )
                 for position, total in totals.items()
             }

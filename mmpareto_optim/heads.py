@@ -199,7 +199,7 @@ def _pooled(name: str, output: Tensor, pool: Pool | None) -> Tensor:
             pooled = output.flatten(2).mean(2) if output.ndim > 3 else output
         else:
             pooled = pool(output) if callable(pool) else output.mean(pool)
-    except (IndexError, TypeError) as error:
+    except (IndexError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"pool={pool!r} cannot be taken of the encoder of modality {name!r}, which gives shape "
             f"{tuple(output.shape)}: give a dimension, several, or a function"

@@ -48,15 +48,15 @@ def draw_case(seed: int) -> Case:
         autocast=_autocast(chance, plan),
         labelled=chance.choice(["inputs", "losses"]) if chance.random() < 0.15 else "",
     )
-    if "checkpoint" in plan.manners.values():
-        # Its batch norm counts each pass in a running mean, and a check takes as many as it needs.
-        case.check = False
     if chance.random() < 0.12:
         misbehave(case, chance)
     elif chance.random() < 0.3:
         change_parameters(case, chance)
     if chance.random() < 0.25:
         rename(case, chance)
+    if "checkpoint" in plan.manners.values():
+        # Its batch norm counts each pass in a running mean, and a check takes as many as it needs.
+        case.check = False
     return case
 
 

@@ -88,6 +88,7 @@ def test_names_that_never_repeat_do_not_pile_up() -> None:
     assert blocks[-1] - blocks[1] < 2_400  # one for each name
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="its weak references end too early")
 @pytest.mark.parametrize("how", ["zero_grad", "one by one"])
 def test_rows_end_with_the_gradients(how: str) -> None:
     """Whoever sets ``.grad`` to None, what has accumulated is let go of at once."""
