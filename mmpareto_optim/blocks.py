@@ -228,9 +228,6 @@ class Reach:
             known = set(held())
             self._reached = {pair for pair in self._reached if pair[1] in known}
             self._zero = {pair for pair in self._zero if pair[1] in known}
-        if len({name for name, _ in self._reached} | rows.keys()) > MOST_NAMES:
-            self._reached = {pair for pair in self._reached if pair[0] in rows}
-            self._zero = {pair for pair in self._zero if pair[0] in rows}
         pairs = {
             (name, keys[position]): row.part(place)
             for name, row in rows.items()
@@ -238,6 +235,9 @@ class Reach:
             if not _is_empty(keys[position])
         }
         unseen = {p: g for p, g in pairs.items() if p not in self._reached and p not in self._zero}
+        if unseen and len({name for name, _ in self._reached} | rows.keys()) > MOST_NAMES:
+            self._reached = {pair for pair in self._reached if pair[0] in rows}
+            self._zero = {pair for pair in self._zero if pair[0] in rows}
         reached_now = self._first_look(unseen, largest_of_all)
         zero = {pair: g for pair, g in pairs.items() if pair in self._zero and pair not in unseen}
         if zero and not is_capturing():

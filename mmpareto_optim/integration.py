@@ -120,12 +120,12 @@ class Integration:
                     for row, place in zip(group.rows, span.places, strict=True):
                         rows[row].release(place)
         gradients |= unflatten(together)
-        gamma = 1.0 if callable(self._options.integration) else self._options.factor
+        is_own = callable(self._options.integration)
+        gamma = 1.0 if is_own else self._options.factor
         stats = StatsByBlock()
         for block, gram, each, of_block in zip(met, grams, coefficients, stretches, strict=True):
             stretch_of_all = _in_order(of_block, gram)
             stats[block.name] = BlockStats(block.objectives, gram, each, gamma, stretch_of_all)
-        is_own = callable(self._options.integration)
         return Integrated(gradients, stats, {} if is_own else _known_factors(stats))
 
     def _grams(

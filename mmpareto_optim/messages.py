@@ -62,15 +62,15 @@ class BlockInfo:
         """A line of the table."""
         how = "integrated" if self.integrated else "added" if self.objectives else ""
         if len(self.joined) == 1:
-            how += f", with {_first_of(self.joined[0].split('+'), '+')}"
+            how += f", with {first_of(self.joined[0].split('+'), '+')}"
         elif self.joined:
             how += f", with {len(self.joined)} small blocks"
         return (
-            _first_of(self.name.split("+"), "+"),
-            _first_of(self.objectives),
+            first_of(self.name.split("+"), "+"),
+            first_of(self.objectives),
             f"{self.numbers:,}",
             how,
-            _first_of(self.parameters),
+            first_of(self.parameters),
         )
 
     def renamed(self, names: Mapping[Tensor | None, str]) -> "BlockInfo":
@@ -83,10 +83,10 @@ class BlockInfo:
         return {**self.__dict__, "references": ()}
 
 
-def _first_of(names: Sequence[object], separator: str = ", ") -> str:
+def first_of(names: Sequence[object], separator: str = ", ", shown: int = NAMES_SHOWN) -> str:
     """The first names, and how many more there are: many losses make long lists."""
-    listed = separator.join(map(str, names[:NAMES_SHOWN]))
-    more = len(names) - NAMES_SHOWN
+    listed = separator.join(map(str, names[:shown]))
+    more = len(names) - shown
     return f"{listed} and {more} more" if more > 0 else listed
 
 

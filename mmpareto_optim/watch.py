@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmpareto_optim.check import check_first_losses, warn_of_one_scaled
 from mmpareto_optim.graph import leaves_beside
-from mmpareto_optim.messages import warn
+from mmpareto_optim.messages import first_of, warn
 from mmpareto_optim.options import MOST_NAMES
 from mmpareto_optim.rows import Layout, Row
 from mmpareto_optim.stats import BlockStats
@@ -92,11 +92,10 @@ class Watch:
             return
         self._unheld = len(unheld)
         unheld.sort(key=lambda param: (-param.numel(), tuple(param.shape)))
-        shapes = ", ".join(str(tuple(param.shape)) for param in unheld[:3])
-        more = f" and {len(unheld) - 3} more" if len(unheld) > 3 else ""
+        shapes = first_of([tuple(param.shape) for param in unheld], shown=3)
         warn(
             "the losses reach trainable parameters that no optimizer here holds, of shape "
-            f"{shapes}{more} (the first by loss {leaves[unheld[0]]!r}): they get no gradient. "
+            f"{shapes} (the first by loss {leaves[unheld[0]]!r}): they get no gradient. "
             "That is right where another optimizer trains them by losses of its own, as a GAN's "
             "discriminator behind its generator: requires_grad_(False) says so meanwhile, and "
             "saves their passes. If they are to be trained here, give all of them, as in "

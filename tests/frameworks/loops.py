@@ -4,6 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.amp import GradScaler
+
+from mmpareto_optim import MMParetoOptimizer
+from tests.models import Losses
+
+
+def scaled_step(opt: MMParetoOptimizer, scaler: GradScaler, losses: Losses) -> None:
+    """A step as PyTorch's documentation of GradScaler has it, every loss scaled."""
+    opt.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad()
 
 
 def accelerated(accelerator: Any, model: Any, opt: Any, batches: Any, schedule: Any) -> None:

@@ -11,6 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD, AdamW
 
 from mmpareto_optim import MMParetoOptimizer
+from tests.frameworks.loops import scaled_step
 from tests.models import LateFusion, audio_visual_batch
 
 pytest.importorskip("lightning", reason="the integrations extra is not installed")
@@ -126,10 +127,7 @@ def test_float16_with_a_scaler() -> None:
         ours.zero_grad()
         with torch.autocast("cpu", torch.float16):
             losses = plain.losses(batch)
-        opt.backward({name: scaler.scale(loss * factor) for name, loss in losses.items()})
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        scaled_step(opt, scaler, {name: loss * factor for name, loss in losses.items()})
         assert_same(model, plain)
 
 

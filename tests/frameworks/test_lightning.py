@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmpareto_optim import GradientIntegrator, MMParetoOptimizer
+from tests.frameworks.loops import scaled_step
 from tests.models import LateFusion, audio_visual_batch
 
 L: Any = pytest.importorskip("lightning", reason="the integrations extra is not installed")
@@ -215,10 +216,7 @@ def test_automatic_optimization_in_float16(tmp_path: Path) -> None:
         with torch.autocast("cpu", torch.float16):
             losses = plain.losses((batch[0], batch[1], batch[2]))
         factor = torch.inf if index == 1 else 1.0
-        opt.backward({name: scaler.scale(loss * factor) for name, loss in losses.items()})
-        scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        scaled_step(opt, scaler, {name: loss * factor for name, loss in losses.items()})
     assert_same(model, plain)
 
 

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -34,14 +33,7 @@ class OutOfMemory(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-class Stopped(Interrupted):
-    """Not where Python swallows exceptions, as it does in what a weak reference calls."""
-
-    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        return None if "_forget" in frame.f_code.co_name else super().__call__(frame, event, _)
-
-
-@pytest.mark.parametrize("kind", [OutOfMemory, Stopped])
+@pytest.mark.parametrize("kind", [OutOfMemory, Interrupted])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("at_features", [False, True])
 def test_a_fault_at_any_place_of_a_micro_batch(kind: Any, first: bool, at_features: bool) -> None:
