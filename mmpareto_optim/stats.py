@@ -70,6 +70,20 @@ class BlockStats:
         return self.cosines.flatten(-2).amin(-1)
 
     @property
+    def alignment(self) -> Tensor:
+        """How far all gradients point the same way, a scalar in [-1, 1]; for two their cosine.
+
+        ``2 ||mean_i g_i / ||g_i|| ||^2 - 1`` (Wang et al. 2025, arXiv 2502.00604): 1 where all
+        have one direction, -1 where their directions add up to zero. Zero gradients are left out,
+        as absent losses; NaN beside fewer than two others.
+        """
+        absent = self.norms == 0
+        pairs = absent.unsqueeze(-2) | absent.unsqueeze(-1)
+        count = (~absent).sum(-1)
+        mean = self.cosines.masked_fill(pairs, 0).flatten(-2).sum(-1) / count**2
+        return (2 * mean - 1).clamp(-1, 1).masked_fill(count < 2, torch.nan)
+
+    @property
     def conflict(self) -> Tensor:
         """Whether two losses' gradients have a negative product, a boolean scalar."""
         return (self.gram < 0).flatten(-2).any(-1)

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 # Attributes of the stats that become columns.
 SCALAR_COLUMNS = ("conflict", "harmful", "cosine", "scale", "coefficients", "norms")
-COLUMNS = (*SCALAR_COLUMNS, "min_norm", "alpha", "cosines")
+COLUMNS = (*SCALAR_COLUMNS, "min_norm", "alignment", "alpha", "cosines")
 
 
 class HasStats(Protocol):
@@ -102,9 +102,10 @@ class ConflictRecorder:
 
         It has ``step``, ``epoch``, ``block``, ``objectives`` (the losses' names joined by ``+``),
         ``conflict``, ``harmful``, ``cosine`` (the smallest), ``scale`` (with ``rescale="tensor"``
-        the mean over the tensors) and ``min_norm``; for each loss ``coefficient/NAME``,
-        ``norm/NAME`` and ``alpha/NAME``; for each two of them ``cosine/NAME+NAME``. See
-        :class:`BlockStats` for what they are. A ``GradScaler``'s factor is in the norms.
+        the mean over the tensors), ``min_norm`` and ``alignment``; for each loss
+        ``coefficient/NAME``, ``norm/NAME`` and ``alpha/NAME``; for each two of them
+        ``cosine/NAME+NAME``. See :class:`BlockStats` for what they are. A ``GradScaler``'s factor
+        is in the norms.
         """
         return self._rows(COLUMNS)
 

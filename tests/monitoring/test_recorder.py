@@ -36,6 +36,7 @@ def expected_rows(
         row["cosine"] = float(stats.cosine)
         row["scale"] = float(stats.scale.mean())
         row["min_norm"] = float(stats.min_norm)
+        row["alignment"] = float(stats.alignment)
         for i, name in enumerate(stats.objectives):
             row[f"alpha/{name}"] = float(stats.alpha[i])
             row[f"coefficient/{name}"] = float(stats.coefficients[i])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from mmpareto_optim import BlockStats, MMParetoOptimizer, mmpareto_coefficients
 from tests.models import LateFusion, audio_visual_batch, vectors_as_losses
@@ -77,6 +77,54 @@ def test_three_losses_show_the_worst_pair() -> None:
     assert stats.gram.shape == (3, 3)
 
 
+def alignment_of(gradients: Tensor) -> Tensor:
+    names = tuple(f"loss{i}" for i in range(len(gradients)))
+    return BlockStats(names, gradients @ gradients.T, torch.ones(len(gradients))).alignment
+
+
+@given(st.integers(2, 6), st.integers(1, 8), st.integers(0, 2**31))
+def test_alignment(m: int, size: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(m, size, generator=generator, dtype=torch.float64)
+    found = alignment_of(gradients)
+    directions = [gradient / gradient.norm() for gradient in gradients]
+    mean = sum(directions, torch.zeros(size)) / m
+    assert found.shape == ()
+    assert float(found) == pytest.approx(2 * float(mean @ mean) - 1, abs=1e-12)
+    assert -1 <= float(found) <= 1
+    scales = 10 ** torch.empty(m, 1, dtype=torch.float64).uniform_(-6, 6, generator=generator)
+    order = torch.randperm(m, generator=generator)
+    absent = torch.zeros(2, size, dtype=torch.float64)
+    for same in (gradients * scales, gradients[order], torch.cat([absent, gradients])):
+        assert float(alignment_of(same)) == pytest.approx(float(found), abs=1e-12)
+    cosine = torch.cosine_similarity(gradients[0], gradients[1], dim=0)
+    assert float(alignment_of(gradients[:2])) == pytest.approx(float(cosine), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rows", "alignment"),
+    [
+        ([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0]], 1.0),
+        ([[1.0, 0.0], [-2.0, 0.0], [0.0, 3.0], [0.0, -4.0]], -1.0),
+        ([[1.0, 0.0], [0.0, 2.0]], 0.0),
+        ([[1.0, 0.0], [0.0, 0.0]], math.nan),
+        ([[0.0, 0.0], [0.0, 0.0]], math.nan),
+        ([[1.0, 0.0]], math.nan),
+        ([[1.0, 0.0], [1.0, 0.0], [math.nan, 0.0]], math.nan),
+        ([[1.0, 0.0], [1.0, 0.0], [math.inf, 0.0]], math.nan),
+    ],
+)
+def test_alignment_at_its_ends_and_where_there_is_none(
+    rows: list[list[float]], alignment: float
+) -> None:
+    assert float(alignment_of(torch.tensor(rows))) == pytest.approx(alignment, nan_ok=True)
+
+
+def test_alignment_waits_for_nothing() -> None:
+    """Meta tensors have no values: whatever asked for one would raise."""
+    assert alignment_of(torch.ones(3, 2, device="meta")).is_meta
+
+
 @pytest.mark.parametrize("rows", [[[1.0, 2.0], [-2.0, -4.0]], [[1.0, 0.0], [-3.0, 0.0]]])
 def test_pareto_stationary(rows: list[list[float]]) -> None:
     stats = stats_of(rows)
@@ -129,7 +177,7 @@ def test_steps_as_a_leading_dimension() -> None:
     ]
     for name in (
         *("scale", "norms", "cosines", "cosine", "conflict", "harmful", "harmed", "alpha"),
-        "min_norm",
+        *("min_norm", "alignment"),
     ):
         expected = torch.stack([getattr(stats, name) for stats in each])
         torch.testing.assert_close(getattr(together, name), expected, equal_nan=True, msg=name)
