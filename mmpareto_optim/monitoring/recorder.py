@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
+from torch.optim import SGD, Optimizer
+
 from mmpareto_optim.monitoring.history import BlockHistory, RecordedStep
 from mmpareto_optim.monitoring.summary import Summary, summarize
 from mmpareto_optim.stats import BlockStats
@@ -63,6 +65,7 @@ class ConflictRecorder:
         self.step = 0
         self.epoch: int | None = None
         self.histories: dict[tuple[str, tuple[str, ...]], BlockHistory] = {}
+        self._base = ""
         self._recorded = 0
         # By the id of a writer, as two may be equal: itself, and how many calls of record() it has.
         self._writers: WeakValueDictionary[int, ScalarWriter] = WeakValueDictionary()
@@ -86,16 +89,17 @@ class ConflictRecorder:
         for block, stats in stats_by_block.items():
             key = (block, stats.objectives)
             self.histories.setdefault(key, BlockHistory(*key)).append(step, stats)
+        self._base = self._base or _steps_otherwise(source)
         self._recorded += 1
         self.step += 1
 
     def summary(self) -> Summary:
         """A few numbers for each block, and whether integration can pay there.
 
-        When printed, it shows a table, the losses that the sum opposes, and a verdict for each
-        block.
+        When printed, it shows a table, the losses that the sum opposes, a verdict for each block,
+        and a sentence if the optimizer's steps are known not to be along its gradients.
         """
-        return summarize(self.histories.values())
+        return summarize(self.histories.values(), self._base)
 
     def rows(self) -> list[Row]:
         """A dict for each step and block, in their order; ``pandas.DataFrame`` takes the list.
@@ -141,6 +145,7 @@ class ConflictRecorder:
         return {
             "step": self.step,
             "epoch": self.epoch,
+            "base": self._base,
             "recorded": self._recorded,
             "written": min((self._written[i] for i in self._writers), default=self._last_written),
             "histories": [history.state_dict() for history in self.histories.values()],
@@ -151,7 +156,7 @@ class ConflictRecorder:
         histories = [BlockHistory(**state) for state in state_dict["histories"]]
         self.histories = {(history.block, history.objectives): history for history in histories}
         self.step, self.epoch = state_dict["step"], state_dict["epoch"]
-        self._recorded = state_dict["recorded"]
+        self._recorded, self._base = state_dict["recorded"], state_dict.get("base", "")
         self._writers, self._written = WeakValueDictionary(), {}
         self._last_written = self._written_before = state_dict["written"]
 
@@ -170,6 +175,22 @@ class ConflictRecorder:
                 row = {"step": recorded.step, "epoch": recorded.epoch, **names}
                 rows.append((recorded.number, row | dict(zip(columns, values, strict=True))))
         return [row for _, row in sorted(rows, key=itemgetter(0))]
+
+
+def _steps_otherwise(source: Any) -> str:
+    """By name, the bases of an optimizer whose steps are not along the gradient."""
+    while hasattr(source, "stats"):  # Lightning's optimizer holds ours, which holds the base
+        source = getattr(source, "optimizer", None)
+    bases = getattr(source, "optimizers", [source])
+    return " or ".join({type(base).__name__: 0 for base in bases if not _is_along_gradient(base)})
+
+
+def _is_along_gradient(base: Optimizer | None) -> bool:
+    """Whether the base is plain SGD; or unknown, as beside an integrator."""
+    return base is None or (
+        type(base) is SGD
+        and not any(group["momentum"] or group["weight_decay"] for group in base.param_groups)
+    )
 
 
 def _columns(stats: BlockStats, attributes: Iterable[str]) -> dict[str, list[Any]]:

@@ -21,6 +21,12 @@ INTEGRATED = (
     'whether integration pays, record with integration="uniform".'
 )
 
+OF_GRADIENTS = (
+    "These numbers, and a rule's promise that no loss rises, are about gradients. The steps that "
+    "{} makes of them, by momentum, scaling or weight decay, may raise a loss more or less often: "
+    "docs/recipes/steps_taken.md counts them."
+)
+
 
 @dataclass(frozen=True)
 class PhaseSummary:
@@ -114,6 +120,7 @@ class Summary:
     """What :meth:`ConflictRecorder.summary` found of each block; printed as a table."""
 
     blocks: tuple[BlockSummary, ...]
+    base: str = ""  # whose steps are not along the gradient
 
     def __str__(self) -> str:
         if not self.blocks:
@@ -123,15 +130,17 @@ class Summary:
         for block in self.blocks:
             lines += _lines(block, width)
         lines += ["", *(f"{_title(each)}: {each.verdict}{_opposed(each)}" for each in self.blocks)]
+        if self.base:
+            lines += ["", OF_GRADIENTS.format(self.base)]
         if any(block.turned > 0 for block in self.blocks):
             lines += ["", INTEGRATED]
         return "\n".join(lines)
 
 
-def summarize(histories: Iterable[BlockHistory]) -> Summary:
+def summarize(histories: Iterable[BlockHistory], base: str) -> Summary:
     """The summary of the steps in which losses meet: a loss times zero is a loss left out."""
     meeting = [history.meeting() for history in histories]
-    return Summary(tuple(_summarize_block(history) for history in meeting if history.steps))
+    return Summary(tuple(_summarize_block(each) for each in meeting if each.steps), base)
 
 
 def _summarize_block(history: BlockHistory) -> BlockSummary:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 import statistics
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -333,6 +334,39 @@ def test_a_recording_of_integrated_steps_says_so() -> None:
     plain = recorded(opposed, integration="uniform").summary()
     assert plain.blocks[0].turned == 0
     assert "Recorded while integrating" not in str(plain)
+
+
+SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("base", "named"),
+    [
+        (lambda net: SGD(net.parameters(), 0.1), None),
+        (lambda net: [SGD(net.audio.parameters(), 0.1), SGD(net.visual.parameters(), 0.2)], None),
+        (lambda net: SGD(net.parameters(), 0.1, momentum=0.9), "SGD"),
+        (lambda net: SGD(net.parameters(), 0.1, weight_decay=0.1), "SGD"),
+        (lambda net: Adam(net.parameters(), 0.1), "Adam"),
+        (
+            lambda net: [AdamW(net.audio.parameters()), Adam(net.visual.parameters())],
+            "AdamW or Adam",
+        ),
+    ],
+)
+def test_a_base_that_does_not_step_along_the_gradient_is_told(base: Any, named: str | None) -> None:
+    model = LateFusion()
+    for head in (model.audio_head, model.visual_head, model.mm_head):
+        head.requires_grad_(False)  # not every base holds them, which is warned of
+    opt = MMParetoOptimizer(base(model), integration="uniform")
+    recorder, resumed = ConflictRecorder(), ConflictRecorder()
+    opt.register_step_post_hook(recorder.record)
+    opt.step(losses=model.losses(audio_visual_batch()))
+    resumed.load_state_dict(recorder.state_dict())
+    around = ConflictRecorder()
+    around.record(SimpleNamespace(stats=opt.stats, optimizer=opt))  # as Lightning holds ours
+    for text in (str(each.summary()) for each in (recorder, resumed, around)):
+        assert ("are about gradients" in text) == (named is not None)
+        assert named is None or f" The steps that {named} makes of them, " in text
 
 
 def test_nothing_recorded() -> None:
