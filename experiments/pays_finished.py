@@ -1,73 +1,99 @@
-"""The finished runs of pays.py: what validation chose, and the report's scores."""
+"""The finished runs of pays.py, a line of JSON each: what is to do, what validation chose."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean
 
-import numpy as np
-from pays_settings import ALONE, MMPARETO, REPLAYS, SETTINGS, Job, Result, find
+from pays_settings import (
+    FIRST_SEEDS,
+    SETTINGS,
+    SHORTLISTED,
+    TUNING_SEEDS,
+    Job,
+    Result,
+    source,
+)
 
 
 class Finished:
-    """The finished runs of a folder: what validation chose, and the report's scores."""
+    """Every finished run is kept; an *entry* is a line of a setting's table."""
 
-    def __init__(self, folder: Path, seeds: int | None) -> None:
-        self.folder = folder
+    def __init__(self, path: Path, seeds: int | None = None) -> None:
+        self.path = path
         self._seeds = seeds
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.results = dict(map(parsed, lines))
+
+    def add(self, job: Job, result: Result) -> None:
+        self.results[job] = result
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(job) | result) + "\n")
 
     def seeds(self, setting: str) -> range:
         return range(self._seeds or SETTINGS[setting].seeds)
 
-    def validations(self, setting: str, method: str, lr: float) -> list[Job]:
-        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
-        seeds = SETTINGS[setting].tuning
-        return [Job(setting, method, lr, seed, True, source) for seed in seeds]
+    def stages(self, setting: str) -> Iterator[list[Job]]:
+        """Three, each of which needs the one before: two rounds of tuning, and the report."""
+        s = SETTINGS[setting]
+        every = [(method, lr) for method in s.methods for lr in s.rates]
+        yield [Job(setting, *each, seed, True) for seed in FIRST_SEEDS for each in every]
+        few = [(source(e)[0], lr) for e in s.entries for lr in self.shortlist(setting, e)]
+        yield [Job(setting, *each, seed, True) for seed in TUNING_SEEDS for each in unique(few)]
+        chosen = [(source(entry)[0], self.rate(setting, entry)) for entry in s.entries]
+        seeds = self.seeds(setting)
+        yield [Job(setting, *each, seed, False) for seed in seeds for each in unique(chosen)]
 
-    def validated(self, setting: str, method: str, lr: float, head: str = "mm") -> float:
-        """Mean score on validation data, the higher the better; -inf of what is unfinished."""
-        runs = [find(job, self.folder) for job in self.validations(setting, method, lr)]
-        found = [score(run, head) for run in runs if run is not None]
-        return mean(found) if len(found) == len(runs) else -np.inf
+    def complete(self, setting: str) -> bool:
+        return all(job in self.results for stage in self.stages(setting) for job in stage)
 
-    def lr(self, setting: str, method: str, head: str = "mm") -> float:
-        """The best for the joint head; of what is trained alone, for the head itself."""
-        rates = SETTINGS[setting].rates
-        head = head if method == ALONE else "mm"
-        return max(rates, key=lambda lr: self.validated(setting, method, lr, head))
+    def shortlist(self, setting: str, entry: str) -> list[float]:
+        """The rates that are best with the first seeds."""
+
+        def loss(lr: float) -> float:
+            return -self.validated(setting, entry, lr, FIRST_SEEDS)
+
+        return sorted(SETTINGS[setting].rates, key=loss)[:SHORTLISTED]
+
+    def rate(self, setting: str, entry: str) -> float:
+        """The best of the shortlisted with all seeds."""
+        return max(
+            self.shortlist(setting, entry),
+            key=lambda lr: self.validated(setting, entry, lr, TUNING_SEEDS),
+        )
 
     def best(self, setting: str, among: Iterable[str]) -> str:
-        """The method of the best validation score, each at its rate."""
-        return max(among, key=lambda m: self.validated(setting, m, self.lr(setting, m)))
+        """The entry of the best validation score, each at its rate."""
+        return max(
+            (entry for entry in among if entry in SETTINGS[setting].entries),
+            key=lambda e: self.validated(setting, e, self.rate(setting, e), TUNING_SEEDS),
+        )
 
-    def report_job(self, setting: str, method: str, seed: int, head: str = "mm") -> Job:
-        source = self.lr(setting, MMPARETO) if method in REPLAYS else None
-        return Job(setting, method, self.lr(setting, method, head), seed, False, source)
+    def validated(self, setting: str, entry: str, lr: float, seeds: Sequence[int]) -> float:
+        """Mean accuracy on validation data."""
+        return mean(self.scores(setting, entry, lr, seeds, True))
 
-    def report(self, setting: str, method: str, head: str = "mm") -> list[Result]:
-        """The report's runs by seed; none while one is missing."""
-        jobs = [self.report_job(setting, method, seed, head) for seed in self.seeds(setting)]
-        runs = [find(job, self.folder) for job in jobs]
-        return [] if None in runs else [run for run in runs if run is not None]
+    def report(self, setting: str, entry: str) -> list[float]:
+        """Test accuracies by seed."""
+        rate = self.rate(setting, entry)
+        return self.scores(setting, entry, rate, self.seeds(setting), False)
 
-    def scores(self, setting: str, method: str, head: str = "mm") -> list[float]:
-        return [score(run, head) for run in self.report(setting, method, head)]
-
-    def alone(self, setting: str, head: str) -> list[float]:
-        """Of the encoder that was trained alone, at the rate that is best for its own head."""
-        return self.scores(setting, ALONE, head)
-
-    def all(self, setting: str) -> Iterator[tuple[Job, Result]]:
-        """Every finished run of a setting, in the order of the files' names."""
-        for path in sorted(self.folder.glob(f"{setting}_*.json")):
-            job = Job(**json.loads(path.read_text())["job"])
-            result = find(job, self.folder)
-            if job.setting == setting and result is not None:
-                yield job, result
+    def scores(
+        self, setting: str, entry: str, lr: float, seeds: Iterable[int], validate: bool
+    ) -> list[float]:
+        method, head = source(entry)
+        jobs = (Job(setting, method, lr, seed, validate) for seed in seeds)
+        return [float(self.results[job]["accuracy"][head]) for job in jobs]
 
 
-def score(run: Result, head: str = "mm") -> float:
-    """Accuracy in %, or the negative decimal logarithm of the relative error."""
-    return float(run["accuracy"][head]) if "accuracy" in run else float(-np.log10(run["error"]))
+def unique(pairs: Iterable[tuple[str, float]]) -> list[tuple[str, float]]:
+    return list(dict.fromkeys(pairs))
+
+
+def parsed(line: str) -> tuple[Job, Result]:
+    found = json.loads(line)
+    job = Job(**{field.name: found.pop(field.name) for field in fields(Job)})
+    return job, found

@@ -2,188 +2,145 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-BATCH = 64
 Result = dict[str, Any]
 
-UNIFORM, MMPARETO, JOINT, ALONE = "uniform", "MMPareto", "one joint loss", "alone"
-CONSTANT, SHUFFLED = "constant coefficients", "shuffled coefficients"
-REPLAYS = (CONSTANT, SHUFFLED)
+JOINT, UNIFORM, MMPARETO, UPGRAD, DGL = "one joint loss", "uniform", "MMPareto", "UPGrad", "DGL"
+ENSEMBLE, ALONE = "ensemble", " alone"
+SCALINGS = (UNIFORM, "uniform x 1.5", "uniform x 2", "uniform x 3")
+GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2", "MMPareto, gamma 3")
+DGLS = (DGL, "DGL x 1.5", "DGL x 2", "DGL x 3")
+OTHER_RULES = (UPGRAD, "dual projection", "ConFIG", "conventional Pareto")
 
-
-def unimodal_alone(gram: Tensor) -> Tensor:
-    """Encoders by their unimodal gradient alone; the joint loss comes first."""
-    return torch.tensor([0.0, 1.0]).to(gram)
-
-
+# Trained without the library, in one backward pass: how many times an encoder gets the gradient of
+# the joint loss, and how many times its own.
+SUMS = {JOINT: (1.0, 0.0)}
+for factor, scaled, dgl in zip((1.0, 1.5, 2.0, 3.0), SCALINGS, DGLS, strict=True):
+    SUMS |= {scaled: (factor, factor), dgl: (0.0, factor)}
+del SUMS[UNIFORM]  # the library measures its steps
 INTEGRATIONS: dict[str, dict[str, Any]] = {
-    JOINT: {"integration": "uniform"},
     UNIFORM: {"integration": "uniform"},
-    "uniform x 1.5": {"integration": "uniform", "gamma": 1.5},
-    "uniform x 2": {"integration": "uniform", "gamma": 2.0},
-    "uniform x 3": {"integration": "uniform", "gamma": 3.0},
-    MMPARETO: {},
+    MMPARETO: {},  # gamma 1.5
     "MMPareto, gamma 1": {"gamma": 1.0},
     "MMPareto, gamma 2": {"gamma": 2.0},
     "MMPareto, gamma 3": {"gamma": 3.0},
-    "conventional Pareto": {"integration": "pareto"},
+    UPGRAD: {"integration": "upgrad"},
     "dual projection": {"integration": "dualproj"},
     "ConFIG": {"integration": "config"},
-    "UPGrad": {"integration": "upgrad"},
-    "unimodal gradients": {"integration": unimodal_alone},
-    ALONE: {"integration": "uniform"},
+    "conventional Pareto": {"integration": "pareto"},
 }
-RULES = ("conventional Pareto", "dual projection", "ConFIG", "UPGrad")
-SCALINGS = (UNIFORM, "uniform x 1.5", "uniform x 2", "uniform x 3")
-GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2", "MMPareto, gamma 3")
-# Fixed weights of the boundary's and the initial conditions' losses beside the residual's.
-WEIGHTS = {f"weight {weight:g}": weight for weight in (1e-2, 1e-1, 1e1, 1e2, 1e3)}
+FEWER = (JOINT, *SCALINGS, *GAMMAS, *DGLS, UPGRAD)
+METHODS = (*FEWER, *OTHER_RULES[1:])
+FEWEST = (JOINT, *SCALINGS[:2], *GAMMAS[:2], DGL, UPGRAD)
+WITH_ADAMW = (JOINT, UNIFORM, "uniform x 2", MMPARETO, DGL, UPGRAD)
+
+# Steps of a quarter of a decade.
+SGD_RATES = (0.01, 0.018, 0.032, 0.056, 0.1, 0.18, 0.32)
+ADAMW_RATES = (3e-4, 5.6e-4, 1e-3, 1.8e-3, 3.2e-3, 5.6e-3, 1e-2)
+# All rates are tried with the first seeds, the best few with the others too.
+FIRST_SEEDS, TUNING_SEEDS, SHORTLISTED = (100, 101), tuple(range(100, 108)), 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, how long and with which rates; ``seconds`` a run, roughly, on one core."""
+    """What is trained and how long; ``seconds`` a run, roughly, on one core."""
 
     title: str
-    rates: tuple[float, ...]
-    length: int  # epochs, or steps of a physics-informed network
-    seeds: int
-    tuning: tuple[int, ...]  # seeds of the validation
+    example: str  # in EXAMPLES of pays_runs.py
+    modalities: tuple[str, ...]
     seconds: float
-    example: str = ""  # the file of examples/ that makes data and model
-    modalities: tuple[str, ...] = ()
-    split: str = ""
     file: str = ""  # in the folder of the data; none for data that scikit-learn brings
+    split: str = ""
+    epochs: int = 20
+    seeds: int = 20  # of the report
+    methods: tuple[str, ...] = METHODS
+    adamw: bool = False
 
     @property
-    def physics(self) -> bool:
-        return not self.modalities
+    def rates(self) -> tuple[float, ...]:
+        return ADAMW_RATES if self.adamw else SGD_RATES
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        if self.physics:
-            return (UNIFORM, MMPARETO, *RULES, *WEIGHTS, *REPLAYS)
-        return (*INTEGRATIONS, *REPLAYS)
-
-    @property
-    def scalarizations(self) -> tuple[str, ...]:
-        """Plain sums among which validation chooses the best."""
-        return (UNIFORM, *WEIGHTS) if self.physics else SCALINGS
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        """Of MMPareto: with Adam a factor changes nothing, so physics has one."""
-        return (MMPARETO,) if self.physics else GAMMAS
+    def entries(self) -> tuple[str, ...]:
+        """The lines of its table; see :func:`source`."""
+        return (*self.methods, ENSEMBLE, *(name + ALONE for name in self.modalities))
 
 
-_SGD = (0.01, 0.03, 0.1, 0.3)
-_ADAM = (3e-3, 1e-2, 3e-2)
-_LETTERS: dict[str, Any] = {
-    "rates": _SGD,
-    "length": 20,
-    "seeds": 10,
-    "tuning": tuple(range(100, 104)),
-    "seconds": 1.6,
-    "example": "avletters",
-    "modalities": ("audio", "lips"),
-    "file": "avletters.npz",
-}
+_UTD = Setting(
+    "UTD-MHAD", "utd_mhad", ("inertial", "skeleton"), seconds=1.2, file="utd_mhad.npz"
+)
+_HTAD = Setting("HTAD", "htad", ("audio", "motion"), seconds=0.8, file="htad.npz")
+_TALKER = Setting(
+    "AVLetters by talker",
+    "avletters",
+    ("audio", "lips"),
+    seconds=1.6,
+    file="avletters.npz",
+    split="talker",
+    seeds=10,
+    methods=FEWER,
+)
 SETTINGS = {
-    "utd_mhad": Setting(
-        "UTD-MHAD, inertial and skeleton",
-        _SGD,
-        length=20,
-        seeds=20,
-        tuning=tuple(range(100, 108)),  # each of four subjects twice
-        seconds=1.4,
-        example="utd_mhad",
-        modalities=("inertial", "skeleton"),
-        file="utd_mhad.npz",
+    "utd_mhad": _UTD,
+    "htad": _HTAD,
+    "rosmap": Setting(
+        "ROSMAP", "rosmap", ("mrna", "methylation", "mirna"), seconds=0.3, file="rosmap.npz"
     ),
-    "avletters_talker": Setting("AVLetters, by talker", split="talker", **_LETTERS),
-    "avletters_repetition": Setting("AVLetters, by repetition", split="repetition", **_LETTERS),
-    "digits": Setting(
-        "Digits, gray and coloured",
-        _SGD,
-        length=20,
-        seeds=10,
-        tuning=tuple(range(100, 104)),
-        seconds=3,
-        example="colored_gray_digits",
-        modalities=("gray", "colour"),
-    ),
+    "avletters_talker": _TALKER,
     "spoken_digits": Setting(
-        "Digits, spoken and written",
-        _SGD,
-        length=4,
-        seeds=10,
-        tuning=(100, 101),
-        seconds=9,
-        example="audio_visual_digits",
-        modalities=("audio", "visual"),
-        split="recording",
+        "Spoken digits",
+        "audio_visual_digits",
+        ("audio", "visual"),
+        seconds=7,
         file="fsdd.npz",
+        split="recording",
+        epochs=4,
+        seeds=10,
+        methods=FEWEST,
     ),
-    "helmholtz": Setting("Helmholtz equation", _ADAM, 2000, 20, (100, 101, 102, 103), 8),
-    "burgers": Setting("Burgers equation", _ADAM, 4000, 20, (100, 101), 16),
+    **{
+        f"{name}_adamw": replace(
+            setting, title=f"{setting.title}, AdamW", adamw=True, methods=WITH_ADAMW
+        )
+        for name, setting in (("utd_mhad", _UTD), ("avletters_talker", _TALKER), ("htad", _HTAD))
+    },
+    "avletters_repetition": replace(
+        _TALKER, title="AVLetters by repetition", split="repetition"
+    ),
+    "coloured_digits": Setting(
+        "Coloured digits",
+        "colored_gray_digits",
+        ("gray", "colour"),
+        seconds=3,
+        seeds=10,
+        methods=FEWEST,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training; ``validate`` scores it on held-out training data or seeds.
-
-    A replay takes the coefficients of MMPareto's run of the same seed at ``source_lr``. ``scale``
-    multiplies the second loss; ``batch`` is the size of the batches. With ``parts`` of more than 1,
-    each batch is differentiated in as many, to tell conflicts from noise.
-    """
+    """One training; ``validate`` scores it on held-out training data."""
 
     setting: str
     method: str
     lr: float
     seed: int
     validate: bool
-    source_lr: float | None = None
-    scale: float = 1.0
-    batch: int = BATCH
-    parts: int = 1
 
     @property
     def cost(self) -> float:
         return SETTINGS[self.setting].seconds
 
-    @property
-    def source(self) -> Job:
-        """MMPareto's run whose coefficients a replay takes."""
-        assert self.source_lr is not None
-        return Job(self.setting, MMPARETO, self.source_lr, self.seed, self.validate)
 
-    def path(self, folder: Path) -> Path:
-        parts = [self.setting, self.method, f"{self.lr:g}", self.seed]
-        parts += ["validation"] * self.validate
-        parts += [f"from {self.source_lr:g}"] if self.source_lr is not None else []
-        parts += [f"scale {self.scale:g}"] if self.scale != 1 else []
-        parts += [f"batch {self.batch}"] if self.batch != BATCH else []
-        parts += [f"parts {self.parts}"] if self.parts != 1 else []
-        return folder / ("_".join(map(str, parts)).replace(" ", "-").replace(",", "") + ".json")
+def source(entry: str) -> tuple[str, str]:
+    """The method whose runs have the score of a line in a table, and the head.
 
-
-def find(job: Job, folder: Path) -> Result | None:
-    """The result of a finished job, without its coefficients."""
-    path = job.path(folder)
-    return _read(path) if path.is_file() else None
-
-
-@cache
-def _read(path: Path) -> Result:
-    result: Result = json.loads(path.read_text())["result"]
-    result.pop("coefficients", None)
-    return result
+    DGL's encoders and single heads learn from their own losses alone: what is trained alone is
+    scored there, and so is the ensemble of it.
+    """
+    if entry == ENSEMBLE or entry.endswith(ALONE):
+        return DGL, entry.removesuffix(ALONE)
+    return entry, "mm"
