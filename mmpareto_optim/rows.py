@@ -59,7 +59,9 @@ class Form:
         self.written_rounding = torch.finfo(dtype).eps / 2 if is_rounded else 0.0
         like = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         strides = torch.empty_like(like).stride()  # dense, in the same order
-        self._order = sorted(range(like.ndim), key=lambda dimension: -strides[dimension])
+        self._order = list(range(like.ndim))
+        if not like.is_contiguous():  # a dimension of size 1 may have any stride
+            self._order.sort(key=lambda dimension: -strides[dimension])
         self._inverse = [self._order.index(dimension) for dimension in range(like.ndim)]
         self._is_plain = like.is_contiguous() and not dtype.is_complex
         self._piece_shape = self._in_order(like).shape

@@ -283,6 +283,18 @@ def test_channels_last_parameters_get_channels_last_gradients(losses: int) -> No
     assert_combined([param, other], rows, coefficients)
 
 
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (4, 3, 1, 1), (1, 3, 3, 3)])
+def test_channels_last_parameters_with_dimensions_of_size_1(shape: tuple[int, ...]) -> None:
+    """Convolutions of gray images, and of single pixels: contiguous both ways."""
+    param = nn.Parameter(torch.zeros(shape).to(memory_format=torch.channels_last))
+    first = torch.randn(shape)
+    rows = [[first], [-0.5 * first + torch.randn(shape)]]
+    opt = wrapped(param)
+    opt.backward(linear_losses([param], rows))
+    (stats,) = opt.stats.values()
+    assert_combined([param], rows, stats.coefficients)
+
+
 def test_each_gradient_has_memory_of_its_own() -> None:
     model = LateFusion()
     opt = wrapped(*model.parameters())
