@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from pays_finished import Finished
+from pays_page import write_page
 from pays_runs import perform
 from pays_settings import SETTINGS
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
@@ -31,7 +32,7 @@ def run_all(options: argparse.Namespace, finished: Finished) -> None:
     work = partial(perform, data=options.data)
     with Progress(*COLUMNS) as progress:
         for setting in options.settings:
-            for stage in finished.stages(setting):
+            for stage in finished.stages(setting, options.seeds or SETTINGS[setting].seeds):
                 left = [job for job in stage if job not in finished.results]
                 minutes = sum(job.cost for job in left) / options.workers / 60
                 progress.console.print(f"{setting}: {len(left)} runs, about {minutes:.0f} minutes")
@@ -47,13 +48,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of utd_mhad.npz and so on")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, help="of the report (default: 10 or 20)")
+    parser.add_argument("--seeds", type=int, help="of the report, at least 3 (default: 10 or 20)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="(default: all cores)")
     parser.add_argument("--output", type=Path, default=PAGE, help="page; its runs lie beside it")
     parser.add_argument("--page", action="store_true", help="only write it, of what is finished")
     options = parser.parse_args(arguments)
-    if options.seeds is not None and options.seeds < 3:
-        parser.error("--seeds must be at least 3: an interval takes some")
     if not options.page and options.data is None:
         parser.error("--data DIR is missing")
     return options
@@ -61,11 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    finished = Finished(options.output.with_suffix(".jsonl"), options.seeds)
+    finished = Finished(options.output.with_suffix(".jsonl"))
     if not options.page:
         run_all(options, finished)
-    from pays_page import write_page  # statsmodels takes seconds to import
-
     write_page(finished, options.output)
 
 

@@ -22,33 +22,42 @@ from pays_settings import (
 class Finished:
     """Every finished run is kept; an *entry* is a line of a setting's table."""
 
-    def __init__(self, path: Path, seeds: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._seeds = seeds
         lines = path.read_text().splitlines() if path.is_file() else []
         self.results = dict(map(parsed, lines))
+        self._rates: dict[tuple[str, str], float] = {}
 
     def add(self, job: Job, result: Result) -> None:
         self.results[job] = result
         with self.path.open("a") as file:
             file.write(json.dumps(asdict(job) | result) + "\n")
 
-    def seeds(self, setting: str) -> range:
-        return range(self._seeds or SETTINGS[setting].seeds)
-
-    def stages(self, setting: str) -> Iterator[list[Job]]:
+    def stages(self, setting: str, seeds: int) -> Iterator[list[Job]]:
         """Three, each of which needs the one before: two rounds of tuning, and the report."""
         s = SETTINGS[setting]
         every = [(method, lr) for method in s.methods for lr in s.rates]
         yield [Job(setting, *each, seed, True) for seed in FIRST_SEEDS for each in every]
         few = [(source(e)[0], lr) for e in s.entries for lr in self.shortlist(setting, e)]
         yield [Job(setting, *each, seed, True) for seed in TUNING_SEEDS for each in unique(few)]
-        chosen = [(source(entry)[0], self.rate(setting, entry)) for entry in s.entries]
-        seeds = self.seeds(setting)
-        yield [Job(setting, *each, seed, False) for seed in seeds for each in unique(chosen)]
+        chosen = self.chosen(setting)
+        yield [Job(setting, *each, seed, False) for seed in range(seeds) for each in chosen]
 
-    def complete(self, setting: str) -> bool:
-        return all(job in self.results for stage in self.stages(setting) for job in stage)
+    def chosen(self, setting: str) -> list[tuple[str, float]]:
+        """The methods and rates of the report."""
+        entries = SETTINGS[setting].entries
+        return unique((source(entry)[0], self.rate(setting, entry)) for entry in entries)
+
+    def seeds(self, setting: str) -> range:
+        """Those of the report that every line of the table has."""
+        try:
+            chosen = self.chosen(setting)
+        except KeyError:  # tuning is not finished
+            return range(0)
+        seeds = 0
+        while all(Job(setting, *each, seeds, False) in self.results for each in chosen):
+            seeds += 1
+        return range(seeds)
 
     def shortlist(self, setting: str, entry: str) -> list[float]:
         """The rates that are best with the first seeds."""
@@ -60,10 +69,12 @@ class Finished:
 
     def rate(self, setting: str, entry: str) -> float:
         """The best of the shortlisted with all seeds."""
-        return max(
-            self.shortlist(setting, entry),
-            key=lambda lr: self.validated(setting, entry, lr, TUNING_SEEDS),
-        )
+        if (setting, entry) not in self._rates:
+            self._rates[setting, entry] = max(
+                self.shortlist(setting, entry),
+                key=lambda lr: self.validated(setting, entry, lr, TUNING_SEEDS),
+            )
+        return self._rates[setting, entry]
 
     def best(self, setting: str, among: Iterable[str]) -> str:
         """The entry of the best validation score, each at its rate."""

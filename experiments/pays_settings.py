@@ -68,9 +68,7 @@ class Setting:
         return (*self.methods, ENSEMBLE, *(name + ALONE for name in self.modalities))
 
 
-_UTD = Setting(
-    "UTD-MHAD", "utd_mhad", ("inertial", "skeleton"), seconds=1.2, file="utd_mhad.npz"
-)
+_UTD = Setting("UTD-MHAD", "utd_mhad", ("inertial", "skeleton"), seconds=1.2, file="utd_mhad.npz")
 _HTAD = Setting("HTAD", "htad", ("audio", "motion"), seconds=0.8, file="htad.npz")
 _TALKER = Setting(
     "AVLetters by talker",
@@ -106,9 +104,7 @@ SETTINGS = {
         )
         for name, setting in (("utd_mhad", _UTD), ("avletters_talker", _TALKER), ("htad", _HTAD))
     },
-    "avletters_repetition": replace(
-        _TALKER, title="AVLetters by repetition", split="repetition"
-    ),
+    "avletters_repetition": replace(_TALKER, title="AVLetters by repetition", split="repetition"),
     "coloured_digits": Setting(
         "Coloured digits",
         "colored_gray_digits",

@@ -1,131 +1,117 @@
-"""MMPareto against everything else in one setting: paired tests, corrected by Holm."""
+"""The questions that pays.py answers: paired differences, corrected by Holm within a question."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from pays_finished import Finished
 from pays_settings import (
+    DGLS,
+    ENSEMBLE,
     GAMMAS,
-    JOINT,
     MMPARETO,
-    REPLAYS,
-    RULES,
+    OTHER_RULES,
     SCALINGS,
     SETTINGS,
     UNIFORM,
-    Result,
+    Job,
 )
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
-SAME_LENGTH = tuple(zip(GAMMAS, SCALINGS, strict=True))
-OVER_PLAIN, OVER_BEST = "rules over the plain sum", "rules over the best sum"
-BETTER, WORSE, OPEN = "better", "worse", "undecided"
+BY_DEFAULT = "MMPareto over the plain sum"
+TUNED = "best MMPareto over the best sum"
+TUNED_DGL = "best DGL over the best sum"
+OF_ENSEMBLE = "ensemble over the best sum"
+WITH_ADAMW = "MMPareto over the plain sum, AdamW"
+OF_RULES = {rule: f"{rule} over the plain sum" for rule in OTHER_RULES}
 
 
 @dataclass(frozen=True)
 class Row:
-    """MMPareto minus something else in one setting: positive where MMPareto is better.
+    """One entry minus another in one setting, in points of accuracy, with its 95 % interval."""
 
-    A claim is the comparisons that Holm corrects together, over all settings: with the plain sum;
-    the best sum; MMPareto's coefficients replayed; other rules; the sum made as long; simpler ways;
-    encoders trained alone.
-    """
-
-    claim: str
+    question: str
     setting: str
-    other: str
+    ours: str
+    theirs: str
     difference: float
     low: float
     high: float
-    p: float  # of no difference; in what is shown, corrected by Holm within the claim
+    p: float  # of no difference; in what is shown, corrected by Holm within the question
 
     @property
     def verdict(self) -> str:
-        """It takes both: a median's interval and the rank test need not agree."""
-        if not self.p < 0.05 or self.low <= 0 <= self.high:
-            return OPEN
-        return BETTER if self.difference > 0 else WORSE
+        if not self.p < 0.05:
+            return "undecided"
+        return "better" if self.difference > 0 else "worse"
 
     @property
     def measured(self) -> str:
-        """Points of accuracy, or the factor on the error."""
-        if SETTINGS[self.setting].physics:
-            middle, low, high = (10**-x for x in (self.difference, self.high, self.low))
-            return f"x {middle:.2f} [{low:.2f}, {high:.2f}]"
         return f"{self.difference:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
+    @property
+    def cell(self) -> str:
+        """With the verdict if there is one."""
+        decided = "" if self.verdict == "undecided" else f", **{self.verdict}**"
+        return self.measured + decided
 
-def compared(
-    claim: str, setting: str, other: str, ours: Sequence[float], theirs: Sequence[float]
-) -> Row:
-    """Paired by seed: Student's t for accuracies, for logarithms of errors the median."""
-    if np.array_equal(ours, theirs):  # one and the same method: neither test takes that
-        return Row(claim, setting, other, 0.0, 0.0, 0.0, 1.0)
-    if SETTINGS[setting].physics:
-        differences = np.subtract(ours, theirs)
-        interval = stats.bootstrap(
-            (differences,), np.median, method="percentile", rng=np.random.default_rng(0)
-        ).confidence_interval
-        middle, p = np.median(differences), stats.wilcoxon(differences).pvalue
-    else:
-        test = stats.ttest_rel(ours, theirs)
-        interval, p = test.confidence_interval(0.95), test.pvalue
-        middle = np.mean(ours) - np.mean(theirs)
-    return Row(claim, setting, other, *map(float, (middle, interval.low, interval.high, p)))
+
+def compared(question: str, setting: str, ours: str, theirs: str, finished: Finished) -> Row:
+    """Paired by seed, by Student's t."""
+    first, second = (finished.report(setting, entry) for entry in (ours, theirs))
+    if first == second:
+        return Row(question, setting, ours, theirs, 0.0, 0.0, 0.0, 1.0)
+    test = stats.ttest_rel(first, second)
+    interval = test.confidence_interval(0.95)
+    difference = np.mean(first) - np.mean(second)
+    numbers = map(float, (difference, interval.low, interval.high, test.pvalue))
+    return Row(question, setting, ours, theirs, *numbers)
+
+
+def questions(setting: str, finished: Finished) -> dict[str, tuple[str, str]]:
+    """By question which entry is compared with which."""
+    s = SETTINGS[setting]
+    if s.adamw:
+        return {WITH_ADAMW: (MMPARETO, UNIFORM)}
+    gamma, factor, dgl = (finished.best(setting, each) for each in (GAMMAS, SCALINGS, DGLS))
+    pairs = {TUNED: (gamma, factor), TUNED_DGL: (dgl, factor), OF_ENSEMBLE: (ENSEMBLE, factor)}
+    rules = {OF_RULES[rule]: (rule, UNIFORM) for rule in OTHER_RULES if rule in s.methods}
+    return {BY_DEFAULT: (MMPARETO, UNIFORM)} | pairs | rules
+
+
+def answers(settings: Sequence[str], finished: Finished) -> dict[tuple[str, str], Row]:
+    """By question and setting."""
+    rows = [
+        compared(question, setting, *pair, finished)
+        for setting in settings
+        for question, pair in questions(setting, finished).items()
+    ]
+    return {(row.question, row.setting): row for row in corrected(rows)}
 
 
 def corrected(rows: Sequence[Row]) -> list[Row]:
-    """The same with p corrected by Holm, over all rows of a claim."""
+    """The same with p corrected by Holm, over all rows of a question."""
     found = []
-    for claim in dict.fromkeys(row.claim for row in rows):
-        mine = [row for row in rows if row.claim == claim]
-        adjusted = multipletests([row.p for row in mine], method="holm")[1]
-        found += [replace(row, p=float(p)) for row, p in zip(mine, adjusted, strict=True)]
+    for question in dict.fromkeys(row.question for row in rows):
+        mine = sorted((row for row in rows if row.question == question), key=lambda row: row.p)
+        p = 0.0
+        for place, row in enumerate(mine):
+            p = max(p, min(1.0, (len(mine) - place) * row.p))
+            found.append(replace(row, p=p))
     return found
 
 
-def rows_of(setting: str, finished: Finished) -> Iterator[Row]:
-    s = SETTINGS[setting]
-    best = finished.best(setting, s.scalarizations)
-    variant = finished.best(setting, s.variants)
-    pairs = [("plain sum", MMPARETO, UNIFORM), ("best sum", variant, best)]
-    if variant != MMPARETO:
-        pairs.append(("best sum, by default", MMPARETO, best))
-    pairs += [("timing", MMPARETO, method) for method in REPLAYS]
-    pairs += [("rules", MMPARETO, method) for method in RULES]
-    if not s.physics:
-        pairs += [("direction", *pair) for pair in SAME_LENGTH]
-        pairs += [("simpler", MMPARETO, method) for method in (JOINT, "unimodal gradients")]
-    for claim, method, other in pairs:
-        ours, theirs = (finished.scores(setting, name) for name in (method, other))
-        if ours and theirs:
-            name = other if method == MMPARETO else f"{other} ({method})"
-            yield compared(claim, setting, name, ours, theirs)
-    for head in s.modalities:
-        ours = finished.scores(setting, MMPARETO, head)
-        theirs = finished.alone(setting, head)
-        if ours and theirs:
-            yield compared("alone", setting, f"{head} alone", ours, theirs)
+def failed(setting: str, entry: str, finished: Finished) -> int:
+    """Trainings that end below half of the plain sum's median."""
+    bound = float(np.median(finished.report(setting, UNIFORM))) / 2
+    return sum(score < bound for score in finished.report(setting, entry))
 
 
-def rows_of_rules(setting: str, finished: Finished) -> Iterator[Row]:
-    """Each rule, MMPareto by default among them, minus the plain and the best sum.
-
-    Two claims of their own; ``other`` is the rule.
-    """
-    best = finished.best(setting, SETTINGS[setting].scalarizations)
-    for claim, sum_of in ((OVER_PLAIN, UNIFORM), (OVER_BEST, best)):
-        for rule in (MMPARETO, *RULES):
-            ours, theirs = (finished.scores(setting, name) for name in (rule, sum_of))
-            if ours and theirs:
-                yield compared(claim, setting, rule, ours, theirs)
-
-
-def harmful(runs: Sequence[Result], kind: str = "harmful") -> dict[str, float]:
-    """Mean share in % of the steps, by block."""
-    blocks = runs[0][kind] if runs else {}
-    return {block: float(np.mean([run[kind][block] for run in runs])) for block in blocks}
+def shares(setting: str, kind: str, finished: Finished) -> dict[str, float]:
+    """``harmful`` or ``conflict``: mean share in % of the plain sum's steps, by block."""
+    rate = finished.rate(setting, UNIFORM)
+    jobs = [Job(setting, UNIFORM, rate, seed, False) for seed in finished.seeds(setting)]
+    runs = [finished.results[job][kind] for job in jobs]
+    return {block: float(np.mean([run[block] for run in runs])) for block in runs[0]}

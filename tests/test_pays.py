@@ -1,216 +1,245 @@
-"""The question whether it pays: statistics, replayed coefficients, a small report."""
+"""The question whether it pays: gradients of the methods, tuning, statistics, a small report."""
 
 import json
-import re
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("sklearn", reason="the benchmarks extra is not installed")
-pytest.importorskip("matplotlib", reason="the benchmarks extra is not installed")
+pytest.importorskip("scipy", reason="the benchmarks extra is not installed")
 
 import pays
-import pays_extras
+import pays_page
 import pays_runs
 import pays_settings
+import pays_statistics
+import tabular
 from common import LateFusion, Split
-from pays_settings import CONSTANT, MMPARETO, SHUFFLED, UNIFORM, Job
+from pays_finished import Finished
+from pays_settings import DGL, ENSEMBLE, JOINT, MMPARETO, SUMS, UNIFORM, Job
+from pays_statistics import Row
 
 from mmpareto_optim import MMParetoOptimizer
 
-SCALES = {"mm+a": (0.5, 2.0), "mm+b": (3.0, 0.0)}
+
+def small_model() -> tuple[LateFusion, Split]:
+    """Three modalities and a batch."""
+    encoders = {name: nn.Linear(3, 4) for name in "abc"}
+    inputs = tuple(torch.randn(6, 3) for _ in encoders)
+    labels = dict.fromkeys(("mm", *encoders), torch.arange(6) % 5)
+    return LateFusion(encoders, joint=False, width=4, classes=5), Split(inputs, labels)
 
 
-def small_model(seed: int) -> LateFusion:
-    torch.manual_seed(seed)
-    encoders = {name: torch.nn.Linear(3, 4) for name in "ab"}
-    return LateFusion(encoders, False, width=4, classes=5)
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
+    model.zero_grad()
+    return found
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_replayed_coefficients_reach_the_encoders_alone(seed: int) -> None:
-    model = small_model(seed)
-    batch = Split(
-        (torch.randn(6, 3), torch.randn(6, 3)), dict.fromkeys(("mm", "a", "b"), torch.arange(6) % 5)
-    )
-    coefficients = {block: torch.tensor(scale) for block, scale in SCALES.items()}
-    job = Job("utd_mhad", CONSTANT, 0.1, 0, True, 0.1)
-    losses = pays_runs.modal_losses(model, batch, job, coefficients)
-    losses["sum"].backward()
-    found = {name: param.grad for name, param in model.named_parameters()}
+@pytest.mark.parametrize("method", SUMS)
+def test_sums_scale_what_reaches_the_encoders_alone(method: str) -> None:
+    model, batch = small_model()
+    joint, own = SUMS[method]
+    torch.stack(list(pays_runs.losses_of(model, batch, joint, own).values())).sum().backward()
+    found = gradients(model)
 
-    logits = model(*batch.inputs)
-    expected = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
-    for head in logits:
-        model.zero_grad()
-        cross_entropy(logits[head], batch.labels[head]).backward(retain_graph=True)
-        for name, param in model.named_parameters():
-            scale = 1.0
-            if name.startswith("encoders"):
-                scale = SCALES[f"mm+{name.split('.')[1]}"][0 if head == "mm" else 1]
-            expected[name] += 0 if param.grad is None else scale * param.grad
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=name)
-
-
-def test_watch_tells_harm_from_conflict() -> None:
-    """Two losses whose gradients are chosen: agreeing, in conflict, harmful."""
-    x = torch.nn.Parameter(torch.zeros(2))
-    watch = pays_runs.Watch()
-    optimizer = MMParetoOptimizer(torch.optim.SGD([x], lr=0.0), integration="uniform")
-    for other in ((1.0, 1.0), (-0.5, 1.0), (-2.0, 0.1)):
-        optimizer.zero_grad()
-        losses = {"p": (x * torch.tensor([1.0, 0.0])).sum(), "q": (x * torch.tensor(other)).sum()}
-        optimizer.step(losses=losses)
-        watch.look(optimizer)
-    seen = watch.result(keep=True)
-    assert seen["conflict"] == {"p+q": pytest.approx(66.667)}
-    assert seen["harmful"] == {"p+q": pytest.approx(33.333)}
-    assert seen["coefficients"] == {"p+q": [[1, 1]] * 3}
-
-
-def test_products_across_parts_leave_out_those_within_one() -> None:
-    rows = torch.randn(5, 3, 2, 4, dtype=torch.float64)  # steps, parts, losses, numbers
-    watch, products = pays_runs.Watch(), pays_runs.AcrossParts()
-    for parts in rows:
-        products.add([{"mm+a": part} for part in parts])
-        watch.grams.setdefault("mm+a", []).append(parts.sum(0) @ parts.sum(0).T)
-    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
-    gram = sum(parts[i] @ parts[j].T for parts in rows for i, j in pairs)
-    assert isinstance(gram, torch.Tensor)
-    torch.testing.assert_close(products.sums["mm+a"], gram)
-    cosines = [torch.cosine_similarity(parts[:, 0].sum(0), parts[:, 1].sum(0), 0) for parts in rows]
-    assert products.result(watch)["cosine"]["mm+a"] == pytest.approx(float(np.median(cosines)))
-
-
-def test_gradients_of_the_encoders_are_those_of_each_loss() -> None:
-    model = small_model(0)
-    logits = model(torch.randn(6, 3), torch.randn(6, 3))
-    losses = {head: cross_entropy(output, torch.arange(6) % 5) for head, output in logits.items()}
-    found = pays_runs.encoder_gradients(model, losses)
-    assert list(found) == ["mm+a", "mm+b"]
-    expected = torch.autograd.grad(losses["b"], list(model.encoders["b"].parameters()))
-    flat = torch.cat([piece.flatten() for piece in expected])
-    torch.testing.assert_close(found["mm+b"][1], flat.double())
-
-
-def test_a_replay_is_the_mean_or_a_permutation(tmp_path: Path) -> None:
-    rows = [[1.0, 2.0], [3.0, 4.0], [8.0, 9.0]]
-    for method in (CONSTANT, SHUFFLED):
-        job = Job("helmholtz", method, 0.1, 0, False, 0.2)
-        result = {"result": {"error": 1.0, "coefficients": {"net": rows}}}
-        job.source.path(tmp_path).write_text(json.dumps(result))
-        found = pays_runs.replay(job, tmp_path)["net"]
-        if method == CONSTANT:
-            torch.testing.assert_close(found, torch.tensor([[4.0, 5.0]]).expand(3, 2))
+    outputs = model(*batch.inputs)
+    of = {}
+    for head, output in outputs.items():
+        cross_entropy(output, batch.labels[head]).backward(retain_graph=True)
+        of[head] = gradients(model)
+    for name, gradient in found.items():
+        part, owner, *_ = name.split(".")
+        if part == "encoders":
+            expected = joint * of["mm"][name] + own * of[owner][name]
         else:
-            assert sorted(found.tolist()) == rows
+            expected = of["mm" if part == "mm_head" else owner][name]
+        torch.testing.assert_close(gradient, expected, msg=name)
 
 
-def short(setting: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    rates = pays_settings.SETTINGS[setting].rates[:2]
-    made = replace(pays_settings.SETTINGS[setting], length=1, rates=rates, tuning=(100,), **changes)  # type: ignore[arg-type]
-    monkeypatch.setitem(pays_settings.SETTINGS, setting, made)
+@pytest.mark.parametrize("method", ["uniform x 1.5", "uniform x 3"])
+def test_sums_are_what_the_library_calls_uniform(method: str) -> None:
+    model, batch = small_model()
+    losses = pays_runs.losses_of(model, batch, *SUMS[method])
+    torch.stack(list(losses.values())).sum().backward()
+    found = gradients(model)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = MMParetoOptimizer(sgd, integration="uniform", gamma=SUMS[method][0])
+    optimizer.backward(pays_runs.losses_of(model, batch, 1.0, 1.0))
+    assert {"mm+a", "mm+b", "mm+c"} <= set(optimizer.stats)
+    torch.testing.assert_close(found, gradients(model))
 
 
-def page_for(settings: list[str], folder: Path) -> Path:
-    path = folder / "evidence.md"
-    names = ["verdicts", "shares", "lengths", "rules", "sweep burgers", "batches", "noise"]
-    names += settings
-    path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
-    return path
+def test_the_ensemble_is_the_mean_of_the_probabilities() -> None:
+    class Fixed(nn.Module):
+        heads = ("a", "b")
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            sure, doubtful = torch.tensor([4.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+            return {"mm": -x, "a": sure.expand_as(x), "b": doubtful.expand_as(x)}
+
+    test = Split((torch.eye(3),), {"mm": torch.tensor([0, 0, 1])})
+    found = pays_runs.accuracies(Fixed(), test)  # type: ignore[arg-type]
+    expected = {"mm": 100 / 3, "a": 200 / 3, "b": 100 / 3, ENSEMBLE: 200 / 3}
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.slow
-def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    threads = torch.get_num_threads()
-    random = np.random.default_rng(0)
-    label, subject = (x.ravel() for x in np.meshgrid(np.arange(27), np.arange(1, 9)))
-    np.savez(
-        tmp_path / "utd_mhad.npz",
-        inertial=random.normal(size=(216, 96, 6)).astype(np.float32),
-        skeleton=random.normal(size=(216, 48, 20, 3)).astype(np.float32),
-        label=label,
-        subject=subject,
+def test_shares_tell_harm_from_conflict() -> None:
+    """Pairs of gradients that agree, are in conflict, and whose sum harms the first."""
+    pairs = [[[1.0, 0.0], other] for other in ([1.0, 1.0], [-0.5, 1.0], [-2.0, 0.1])]
+    found = pays_runs.shares({"mm+a": [torch.tensor(x) @ torch.tensor(x).T for x in pairs]})
+    assert found == {"conflict": {"mm+a": 66.667}, "harmful": {"mm+a": 33.333}}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTAD with a few methods for an epoch."""
+    made = replace(
+        pays_settings.SETTINGS["htad"], epochs=1, seeds=3, methods=(JOINT, UNIFORM, MMPARETO, DGL)
     )
-    for setting in ("utd_mhad", "burgers"):
-        short(setting, monkeypatch)
-    monkeypatch.setattr(pays_runs, "POINTS", 16)
-    for name, fewer in (("BATCHES", (32,)), ("SCALED", ()), ("SEEDS", range(3))):
-        monkeypatch.setattr(pays_extras, name, fewer)
-    page = page_for(["utd_mhad", "burgers"], tmp_path)
-    arguments = ["--settings", "utd_mhad", "burgers", "--data", str(tmp_path), "--seeds", "3"]
-    arguments += [
-        "--extras",
-        "--workers",
-        "1",
-        "--results",
-        str(tmp_path / "runs"),
-        "--output",
-        str(page),
-    ]
-    pays.main(arguments)
+    monkeypatch.setitem(pays_settings.SETTINGS, "htad", made)
+
+
+def scored(finished: Finished, jobs: list[Job], score: float) -> None:
+    """As if these were finished, with a score for all heads."""
+    heads = dict.fromkeys(("mm", "audio", "motion", ENSEMBLE), score)
+    finished.results |= {job: {"accuracy": heads} for job in jobs}
+
+
+@pytest.mark.usefixtures("small")
+def test_tuning_in_two_rounds(tmp_path: Path) -> None:
+    """The rate at which both first seeds do best does worst with the others."""
+    finished = Finished(tmp_path / "runs.jsonl")
+    assert finished.seeds("htad") == range(0)
+    stages = finished.stages("htad", 4)
+    rates = pays_settings.SGD_RATES
+    first = next(stages)
+    assert {job.seed for job in first} == {100, 101}
+    assert len(first) == 2 * 4 * len(rates)
+    for place, lr in enumerate(rates):
+        scored(finished, [job for job in first if job.lr == lr], 50 + place)
+    second = next(stages)
+    assert {job.lr for job in second} == set(rates[-3:])
+    assert {job.seed for job in second} == set(range(100, 108))
+    left = [job for job in second if job not in finished.results]
+    assert len(left) == 4 * 3 * 6
+    for place, lr in enumerate(rates):
+        scored(finished, [job for job in left if job.lr == lr], 90 - place)
+    assert finished.rate("htad", MMPARETO) == rates[-3]
+    report = next(stages)
+    assert {job.lr for job in report} == {rates[-3]}
+    assert not any(job.validate for job in report)
+    scored(finished, [job for job in report if job.seed != 3], 70.0)
+    assert finished.seeds("htad") == range(3)
+
+    # Runs that end below half of the sum's median have failed.
+    for seed, score in ((0, 34.9), (1, 35.1)):
+        scored(finished, [Job("htad", DGL, rates[-3], seed, False)], score)
+    assert pays_statistics.failed("htad", DGL, finished) == 1
+    assert pays_statistics.failed("htad", UNIFORM, finished) == 0
+
+
+def arrays_of_htad(path: Path) -> None:
+    random = np.random.default_rng(0)
+    label = np.arange(210) % 7
+    means = random.normal(size=(7, 52))
+    values = (means[label] + random.normal(size=(210, 52))).astype(np.float32)
+    np.savez(path, audio=values[:, :36], motion=values[:, 36:], label=label)
+
+
+def page_for(path: Path) -> None:
+    names = ["summary", "choices", "accuracies", "adamw", "rules", "shares", "heads"]
+    names += pays_settings.SETTINGS
+    path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
     torch.set_num_threads(threads)
-    text = page.read_text()
-    assert "| UTD-MHAD, inertial and skeleton |" in text
-    assert "| Burgers equation |" in text
-    assert all(f"| {method} |" in text for method in (UNIFORM, MMPARETO, CONSTANT, SHUFFLED))
-    assert all(f"| Burgers equation | {rule} |" in text for rule in (MMPARETO, "ConFIG", "UPGrad"))
-    assert "| the plain sum, best of so many weights |" in text
-    assert re.search(r"\| 32 \|( \d+\.\d % \|){4} \d+\.\d \| [+-]", text)
-    assert re.search(r"\| 32 \|( -?(\d\.\d\d|nan) \|){4}", text)
-    assert (tmp_path / "evidence.png").read_bytes().startswith(b"\x89PNG")
-    head, *runs = map(json.loads, (tmp_path / "evidence_runs.jsonl").read_text().splitlines())
-    assert head["runs"] == len(runs)
 
-    # Nothing is trained twice, and the page comes out the same.
-    monkeypatch.setattr(pays, "perform", pytest.fail)
+
+@pytest.mark.usefixtures("small", "_one_thread")
+def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays_of_htad(tmp_path / "htad.npz")
+    monkeypatch.setattr(pays_settings, "SGD_RATES", (0.03, 0.1, 0.3, 0.9))
+    page = tmp_path / "page.md"
+    page_for(page)
+    arguments = ["--data", str(tmp_path), "--settings", "htad", "--workers", "1"]
+    arguments += ["--output", str(page)]
     pays.main(arguments)
+    text = page.read_text()
+    names = (JOINT, UNIFORM, MMPARETO, DGL, ENSEMBLE, "audio alone", "motion alone")
+    assert all(f"\n| {name} | 0." in text for name in names)
+    assert "\n| HTAD | mm+motion | " in text
+    assert text.count("Not run.") == len(pays_settings.SETTINGS) - 1
+    summary = json.loads((tmp_path / "page_summary.json").read_text())
+    questions = [answer["question"] for answer in summary["htad"]["answers"]]
+    assert questions == list(pays_statistics.questions("htad", Finished(tmp_path / "page.jsonl")))
+    runs = (tmp_path / "page.jsonl").read_text()
+
+    # Nothing is trained twice; another seed needs its own runs only.
+    done: list[Job] = []
+
+    def noted(job: Job, data: Path | None) -> pays_settings.Result:
+        done.append(job)
+        return pays_runs.perform(job, data)
+
+    monkeypatch.setattr(pays, "perform", noted)
+    pays.main(arguments)
+    assert done == []
     assert page.read_text() == text
+    pays.main([*arguments, "--seeds", "4"])
+    assert {job.seed for job in done} == {3}
+    assert page.read_text() != text
+    assert (tmp_path / "page.jsonl").read_text().startswith(runs)
 
 
-def test_holm_within_a_claim_and_signs() -> None:
-    pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    import pays_statistics
+@pytest.mark.parametrize("table", [tabular.HTAD, tabular.ROSMAP])
+@pytest.mark.parametrize("validate", [False, True])
+def test_tables_are_split_and_standardised(
+    data_dir: Path, table: tabular.Table, validate: bool
+) -> None:
+    options = Namespace(data=data_dir, validate=validate)
+    splits = [table.make_data(options, seed) for seed in (0, 1)]
+    (train, test), (other, _) = splits
+    for x, name in zip(train.inputs, table.features, strict=True):
+        assert x.shape[1] == table.features[name]
+        torch.testing.assert_close(x.mean(0), torch.zeros(x.shape[1]), atol=1e-4, rtol=0)
+    whole = 245 if table.has_split else 970
+    if validate:
+        assert len(train) + len(test) == whole
+    else:
+        assert len(train) == whole
+    if table.has_split and not validate:
+        torch.testing.assert_close(train.inputs, other.inputs)
+    else:
+        assert not torch.equal(train.inputs[0], other.inputs[0])
+    counts = [split.labels["mm"].bincount() / len(split) for split in (train, test)]
+    torch.testing.assert_close(*counts, atol=0.02, rtol=0)
 
-    def row(claim: str, p: float, difference: float = 1.0) -> pays_statistics.Row:
+
+def test_holm_within_a_question_and_signs() -> None:
+    def row(question: str, p: float, difference: float = 1.0) -> Row:
         low, high = sorted((0.5 * difference, 1.5 * difference))
-        return pays_statistics.Row(claim, "utd_mhad", "other", difference, low, high, p)
+        return Row(question, "htad", "ours", "theirs", difference, low, high, p)
 
     rows = [row("a", 0.01), row("a", 0.04), row("a", 0.03, -1.0), row("b", 0.04, -1.0)]
     found = pays_statistics.corrected(rows)
     assert [r.p for r in found] == pytest.approx([0.03, 0.06, 0.06, 0.04])
     assert [r.verdict for r in found] == ["better", "undecided", "undecided", "worse"]
-    assert replace(rows[0], low=-0.1).verdict == "undecided"  # the interval has a say too
-
-
-def test_a_factor_on_the_error_is_below_1_where_mmpareto_is_better() -> None:
-    pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    import pays_statistics
-
-    random = np.random.default_rng(0)
-    theirs = random.normal(0, 0.1, 12)
-    better = pays_statistics.compared("a", "burgers", "other", list(theirs + 0.3), list(theirs))
-    assert better.verdict == "better"
-    assert better.measured.startswith("x 0.50 [0.50, 0.50]")
-    same = pays_statistics.compared("a", "burgers", "other", list(theirs), list(theirs))
-    assert same.verdict == "undecided"
 
 
 def test_a_page_without_its_marks_is_refused() -> None:
-    pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
-    import pays_page
-
-    with pytest.raises(ValueError, match="0 places between <!-- verdicts -->"):
-        pays_page.filled("text", "verdicts", "table")
-
-
-def test_settings_with_data_need_its_folder() -> None:
-    with pytest.raises(SystemExit):
-        pays.parse(["--settings", "utd_mhad"])
-    assert pays.parse([]).settings == ["digits", "helmholtz", "burgers"]
+    with pytest.raises(ValueError, match="0 places between <!-- summary -->"):
+        pays_page.filled("text", "summary", "table")
