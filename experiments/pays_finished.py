@@ -9,10 +9,12 @@ from pathlib import Path
 from statistics import mean
 
 from pays_settings import (
+    AT_SUMS_RATE,
     FIRST_SEEDS,
     SETTINGS,
     SHORTLISTED,
     TUNING_SEEDS,
+    UNIFORM,
     Job,
     Result,
     source,
@@ -68,7 +70,9 @@ class Finished:
         return sorted(SETTINGS[setting].rates, key=loss)[:SHORTLISTED]
 
     def rate(self, setting: str, entry: str) -> float:
-        """The best of the shortlisted with all seeds."""
+        """The best of the shortlisted with all seeds; or the plain sum's."""
+        if entry.endswith(AT_SUMS_RATE):
+            return self.rate(setting, UNIFORM)
         if (setting, entry) not in self._rates:
             self._rates[setting, entry] = max(
                 self.shortlist(setting, entry),

@@ -12,6 +12,7 @@ import numpy as np
 from pays_finished import Finished
 from pays_settings import (
     ALONE,
+    AT_SUMS_RATE,
     DGL,
     ENSEMBLE,
     JOINT,
@@ -60,6 +61,7 @@ def tables(finished: Finished) -> Iterator[tuple[str, str]]:
     yield "accuracies", accuracies_table(done, finished)
     yield "adamw", adamw_table([s for s in done if s not in sgd], found, finished)
     yield "rules", rules_table(sgd, found)
+    yield "at the sum's rate", at_rate_table(done, finished)
     yield "shares", shares_table(done, finished)
     yield "heads", heads_table(done, finished)
     for setting in SETTINGS:
@@ -116,6 +118,22 @@ def rules_table(settings: Sequence[str], found: Answers) -> str:
         rows = (found.get((OF_RULES[rule], setting)) for rule in OTHER_RULES)
         lines.append((SETTINGS[setting].title, *(row.cell if row else "" for row in rows)))
     return table(("over the plain sum", *OTHER_RULES), lines)
+
+
+def at_rate_table(settings: Sequence[str], finished: Finished) -> str:
+    """MMPareto and its control as a drop-in, at the rate of the plain sum."""
+    lines = []
+    for setting in settings:
+        cells = [SETTINGS[setting].title, f"{finished.rate(setting, UNIFORM):g}"]
+        for entry in (name + AT_SUMS_RATE for name in (SCALINGS[1], MMPARETO)):
+            gain, failures = "", ""
+            if entry in SETTINGS[setting].entries:
+                gain = compared("", setting, entry, UNIFORM, finished).measured
+                failures = f"{failed(setting, entry, finished)}"
+            cells += [gain, failures]
+        lines.append(cells)
+    header = ("setting", "rate", "sum x 1.5 over the plain sum", "failed")
+    return table((*header, BY_DEFAULT, "failed"), lines)
 
 
 def shares_table(settings: Sequence[str], finished: Finished) -> str:

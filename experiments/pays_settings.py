@@ -8,7 +8,7 @@ from typing import Any
 Result = dict[str, Any]
 
 JOINT, UNIFORM, MMPARETO, UPGRAD, DGL = "one joint loss", "uniform", "MMPareto", "UPGrad", "DGL"
-ENSEMBLE, ALONE = "ensemble", " alone"
+ENSEMBLE, ALONE, AT_SUMS_RATE = "ensemble", " alone", " at the sum's rate"
 SCALINGS = (UNIFORM, "uniform x 1.5", "uniform x 2", "uniform x 3")
 GAMMAS = ("MMPareto, gamma 1", MMPARETO, "MMPareto, gamma 2", "MMPareto, gamma 3")
 DGLS = (DGL, "DGL x 1.5", "DGL x 2", "DGL x 3")
@@ -65,7 +65,9 @@ class Setting:
     @property
     def entries(self) -> tuple[str, ...]:
         """The lines of its table; see :func:`source`."""
-        return (*self.methods, ENSEMBLE, *(name + ALONE for name in self.modalities))
+        longer = [name for name in (SCALINGS[1], MMPARETO) if name in self.methods]
+        at_rate = (name + AT_SUMS_RATE for name in longer)
+        return (*self.methods, *at_rate, ENSEMBLE, *(name + ALONE for name in self.modalities))
 
 
 _UTD = Setting("UTD-MHAD", "utd_mhad", ("inertial", "skeleton"), seconds=1.2, file="utd_mhad.npz")
@@ -139,4 +141,4 @@ def source(entry: str) -> tuple[str, str]:
     """
     if entry == ENSEMBLE or entry.endswith(ALONE):
         return DGL, entry.removesuffix(ALONE)
-    return entry, "mm"
+    return entry.removesuffix(AT_SUMS_RATE), "mm"

@@ -23,7 +23,7 @@ import pays_statistics
 import tabular
 from common import LateFusion, Split
 from pays_finished import Finished
-from pays_settings import DGL, ENSEMBLE, JOINT, MMPARETO, SUMS, UNIFORM, Job
+from pays_settings import AT_SUMS_RATE, DGL, ENSEMBLE, JOINT, MMPARETO, SUMS, UNIFORM, Job
 from pays_statistics import Row
 
 from mmpareto_optim import MMParetoOptimizer
@@ -133,10 +133,17 @@ def test_tuning_in_two_rounds(tmp_path: Path) -> None:
     left = [job for job in second if job not in finished.results]
     assert len(left) == 4 * 3 * 6
     for place, lr in enumerate(rates):
-        scored(finished, [job for job in left if job.lr == lr], 90 - place)
+        jobs = [job for job in left if job.lr == lr]
+        scored(finished, [job for job in jobs if job.method != UNIFORM], 90 - place)
+        scored(finished, [job for job in jobs if job.method == UNIFORM], 80 + place)
     assert finished.rate("htad", MMPARETO) == rates[-3]
+    assert finished.rate("htad", MMPARETO + AT_SUMS_RATE) == rates[-1]
     report = next(stages)
-    assert {job.lr for job in report} == {rates[-3]}
+    tried = {(job.method, job.lr) for job in report}
+    assert tried == {
+        *((method, rates[-3]) for method in (JOINT, MMPARETO, DGL)),
+        *((method, rates[-1]) for method in (UNIFORM, MMPARETO)),
+    }
     assert not any(job.validate for job in report)
     scored(finished, [job for job in report if job.seed != 3], 70.0)
     assert finished.seeds("htad") == range(3)
@@ -157,7 +164,16 @@ def arrays_of_htad(path: Path) -> None:
 
 
 def page_for(path: Path) -> None:
-    names = ["summary", "choices", "accuracies", "adamw", "rules", "shares", "heads"]
+    names = [
+        "summary",
+        "choices",
+        "accuracies",
+        "adamw",
+        "rules",
+        "at the sum's rate",
+        "shares",
+        "heads",
+    ]
     names += pays_settings.SETTINGS
     path.write_text("\n".join(f"<!-- {name} -->\n<!-- end of {name} -->" for name in names))
 
