@@ -198,7 +198,7 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     names = (JOINT, UNIFORM, MMPARETO, DGL, ENSEMBLE, "audio alone", "motion alone")
     assert all(f"\n| {name} | 0." in text for name in names)
     assert "\n| HTAD | mm+motion | " in text
-    assert text.count("Not run.") == len(pays_settings.SETTINGS) - 1
+    assert text.count("Not run to the end.") == len(pays_settings.SETTINGS) - 1
     summary = json.loads((tmp_path / "page_summary.json").read_text())
     questions = [answer["question"] for answer in summary["htad"]["answers"]]
     assert questions == list(pays_statistics.questions("htad", Finished(tmp_path / "page.jsonl")))
