@@ -65,7 +65,10 @@ def tables(finished: Finished) -> Iterator[tuple[str, str]]:
     yield "shares", shares_table(done, finished)
     yield "heads", heads_table(done, finished)
     for setting in SETTINGS:
-        yield setting, methods_table(setting, finished) if setting in done else "Not run to the end."
+        yield (
+            setting,
+            methods_table(setting, finished) if setting in done else "Not run to the end.",
+        )
 
 
 def summary_table(settings: Sequence[str], found: Answers, finished: Finished) -> str:
