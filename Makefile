@@ -42,7 +42,7 @@ $(VENV)/.examples: pyproject.toml constraints.txt
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,video,test,integrations,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[examples,video,test,integrations,benchmarks,dev]"
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt

@@ -1,11 +1,9 @@
-"""The tables of docs/evidence_modalities.md, and what other pages say of them as JSON."""
+"""The tables of docs/evidence_modalities.md."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -201,32 +199,8 @@ def filled(page: str, name: str, content: str) -> str:
 
 
 def write_page(finished: Finished, path: Path) -> None:
-    """Fill the marked tables of the page; write the summary beside it."""
+    """Fill the marked tables of the page."""
     page = path.read_text()
     for name, content in tables(finished):
         page = filled(page, name, content)
     path.write_text(page)
-    summary = json.dumps(summary_of(finished), indent=1)
-    path.with_name(f"{path.stem}_summary.json").write_text(summary + "\n")
-
-
-def summary_of(finished: Finished) -> dict[str, object]:
-    """By setting: shares of harmful steps, the answers, each entry's mean and deviation."""
-    done = [setting for setting in SETTINGS if len(finished.seeds(setting)) >= FEWEST_SEEDS]
-    found = answers(done, finished)
-    return {
-        setting: {
-            "title": SETTINGS[setting].title,
-            "harmful": shares(setting, "harmful", finished),
-            "answers": [
-                asdict(row) | {"verdict": row.verdict, "shown": row.cell}
-                for (_, where), row in found.items()
-                if where == setting
-            ],
-            "accuracy": {
-                entry: spread(finished.report(setting, entry))
-                for entry in SETTINGS[setting].entries
-            },
-        }
-        for setting in done
-    }

@@ -19,6 +19,7 @@ from pays_settings import (
     Job,
 )
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 BY_DEFAULT = "MMPareto over the plain sum"
 TUNED = "best MMPareto over the best sum"
@@ -95,11 +96,9 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
     """The same with p corrected by Holm, over all rows of a question."""
     found = []
     for question in dict.fromkeys(row.question for row in rows):
-        mine = sorted((row for row in rows if row.question == question), key=lambda row: row.p)
-        p = 0.0
-        for place, row in enumerate(mine):
-            p = max(p, min(1.0, (len(mine) - place) * row.p))
-            found.append(replace(row, p=p))
+        mine = [row for row in rows if row.question == question]
+        adjusted = multipletests([row.p for row in mine], method="holm")[1]
+        found += [replace(row, p=float(p)) for row, p in zip(mine, adjusted, strict=True)]
     return found
 
 

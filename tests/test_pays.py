@@ -1,6 +1,5 @@
 """The question whether it pays: gradients of the methods, tuning, statistics, a small report."""
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 pytest.importorskip("sklearn", reason="the benchmarks extra is not installed")
-pytest.importorskip("scipy", reason="the benchmarks extra is not installed")
+pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
 
 import pays
 import pays_page
@@ -199,9 +198,6 @@ def test_a_small_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(f"\n| {name} | 0." in text for name in names)
     assert "\n| HTAD | mm+motion | " in text
     assert text.count("Not run to the end.") == len(pays_settings.SETTINGS) - 1
-    summary = json.loads((tmp_path / "page_summary.json").read_text())
-    questions = [answer["question"] for answer in summary["htad"]["answers"]]
-    assert questions == list(pays_statistics.questions("htad", Finished(tmp_path / "page.jsonl")))
     runs = (tmp_path / "page.jsonl").read_text()
 
     # Nothing is trained twice; another seed needs its own runs only.
