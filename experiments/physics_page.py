@@ -80,6 +80,8 @@ class Answers:
         else:
             return method
         ran = [m for m in choices if self.finished.ran(equation, self.base, m)]
+        if not ran:  # no metric with SOAP
+            return method
         return min(ran, key=lambda m: self.finished.validated(equation, self.base, m))
 
     def errors(self, equation: str, method: str) -> list[float]:
