@@ -14,7 +14,8 @@ import numpy as np
 import pays_finished
 import physics_finished
 from matplotlib.axes import Axes
-from pays_page import FEWEST_SEEDS, filled, table
+from pages import filled, table
+from pays_page import measured
 from pays_settings import SETTINGS, UPGRAD
 from pays_statistics import OF_ENSEMBLE, OF_RULES, TUNED, answers, shares
 from physics_page import BEST_WEIGHT, Answers
@@ -27,8 +28,6 @@ COLUMNS = (
     "UPGrad over the plain sum",
     "simple control over the best sum",
 )
-
-
 FACTORS = (20, 10, 5, 2, 1, 0.5, 0.2, 0.1)  # ticks
 
 
@@ -43,11 +42,7 @@ class Line:
 
 
 def modalities(finished: pays_finished.Finished) -> Iterator[Line]:
-    done = [
-        setting
-        for setting in SETTINGS
-        if len(finished.seeds(setting)) >= FEWEST_SEEDS and not SETTINGS[setting].adamw
-    ]
+    done = [setting for setting in measured(finished) if not SETTINGS[setting].adamw]
     found = answers(done, finished)
     for setting in done:
         rows = [found.get((q, setting)) for q in (TUNED, OF_RULES[UPGRAD], OF_ENSEMBLE)]

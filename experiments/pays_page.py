@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from pages import filled, table
 from pays_finished import Finished
 from pays_settings import (
     ALONE,
@@ -40,9 +40,9 @@ FEWEST_SEEDS = 3  # an interval takes some
 Answers = dict[tuple[str, str], Row]
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+def measured(finished: Finished) -> list[str]:
+    """The settings that were run to the end."""
+    return [setting for setting in SETTINGS if len(finished.seeds(setting)) >= FEWEST_SEEDS]
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -51,7 +51,7 @@ def spread(scores: Sequence[float]) -> str:
 
 def tables(finished: Finished) -> Iterator[tuple[str, str]]:
     """Each with its name."""
-    done = [setting for setting in SETTINGS if len(finished.seeds(setting)) >= FEWEST_SEEDS]
+    done = measured(finished)
     found = answers(done, finished)
     sgd = [setting for setting in done if not SETTINGS[setting].adamw]
     yield "summary", summary_table(sgd, found, finished)
@@ -186,16 +186,6 @@ def rate_cell(setting: str, entry: str, finished: Finished) -> str:
     """A star where it is at an end of the grid."""
     rate, rates = finished.rate(setting, entry), SETTINGS[setting].rates
     return f"{rate:g}" + "\\*" * (rate in (rates[0], rates[-1]))
-
-
-def filled(page: str, name: str, content: str) -> str:
-    """The page with what lies between the marks of that name replaced."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    found, count = re.subn(pattern, lambda _: f"{begin}\n{content}\n{end}", page, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"the page has {count} places between {begin} and {end}")
-    return found
 
 
 def write_page(finished: Finished, path: Path) -> None:

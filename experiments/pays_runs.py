@@ -22,7 +22,7 @@ import utd_mhad
 from common import LateFusion, Split, batches, epochs
 from pays_settings import ENSEMBLE, INTEGRATIONS, SETTINGS, SUMS, Job, Result
 
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import BlockStats, MMParetoOptimizer
 
 EXAMPLES: dict[str, Any] = {
     "utd_mhad": utd_mhad,
@@ -43,7 +43,7 @@ def perform(job: Job, data: Path | None) -> Result:
     model = EXAMPLES[setting.example].make_model(joint=False)
     model.to(memory_format=torch.channels_last)  # half the time of a convolution of images
     optimizer = make_optimizer(model, job)
-    grams: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[BlockStats]] = {}
 
     def take_step(batch: Split) -> None:
         losses = losses_of(model, batch, *SUMS.get(job.method, (1.0, 1.0)))
@@ -51,7 +51,7 @@ def perform(job: Job, data: Path | None) -> Result:
         if isinstance(optimizer, MMParetoOptimizer):
             optimizer.step(losses=losses)
             for block, stats in optimizer.stats.items():
-                grams.setdefault(block, []).append(stats.gram)
+                seen.setdefault(block, []).append(stats)
         else:
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
@@ -59,7 +59,7 @@ def perform(job: Job, data: Path | None) -> Result:
     options = argparse.Namespace(lr=job.lr, epochs=setting.epochs)
     for _ in epochs(model, optimizer, train, options, take_step):
         pass
-    return {"accuracy": accuracies(model, test), **shares(grams)}
+    return {"accuracy": accuracies(model, test), **shares(seen)}
 
 
 @lru_cache(maxsize=2)
@@ -117,12 +117,14 @@ def accuracies(model: LateFusion, test: Split) -> dict[str, float]:
     return {head: percentage(hits) for head, hits in right.items()}
 
 
-def shares(grams: dict[str, list[Tensor]]) -> Result:
+def shares(seen: dict[str, list[BlockStats]]) -> Result:
     """In % of the steps, by block: of conflict, and of steps whose plain sum harms a loss."""
-    stacked = {block: torch.stack(each) for block, each in grams.items()}
     return {
-        "conflict": {k: percentage((gram < 0).flatten(1).any(1)) for k, gram in stacked.items()},
-        "harmful": {k: percentage((gram.sum(-1) < 0).any(1)) for k, gram in stacked.items()},
+        kind: {
+            block: percentage(torch.stack([getattr(stats, kind) for stats in each]))
+            for block, each in seen.items()
+        }
+        for kind in ("conflict", "harmful")
     }
 
 

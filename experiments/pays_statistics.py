@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+import pages
 from pays_finished import Finished
 from pays_settings import (
     DGLS,
@@ -19,7 +20,6 @@ from pays_settings import (
     Job,
 )
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 BY_DEFAULT = "MMPareto over the plain sum"
 TUNED = "best MMPareto over the best sum"
@@ -55,8 +55,7 @@ class Row:
     @property
     def cell(self) -> str:
         """With the verdict if there is one."""
-        decided = "" if self.verdict == "undecided" else f", **{self.verdict}**"
-        return self.measured + decided
+        return pages.with_verdict(self.measured, self.verdict)
 
 
 def compared(question: str, setting: str, ours: str, theirs: str, finished: Finished) -> Row:
@@ -96,9 +95,7 @@ def corrected(rows: Sequence[Row]) -> list[Row]:
     """The same with p corrected by Holm, over all rows of a question."""
     found = []
     for question in dict.fromkeys(row.question for row in rows):
-        mine = [row for row in rows if row.question == question]
-        adjusted = multipletests([row.p for row in mine], method="holm")[1]
-        found += [replace(row, p=float(p)) for row, p in zip(mine, adjusted, strict=True)]
+        found += pages.corrected([row for row in rows if row.question == question])
     return found
 
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 from physics_finished import Finished
 from physics_problems import EQUATIONS
 from physics_runs import BASES, Job, train
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+from workers import results
 
 COLUMNS = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 FOLDER = Path(__file__).resolve().parent.parent / "docs"
@@ -47,11 +46,9 @@ def run(jobs: list[Job], title: str, workers: int, finished: Finished, progress:
     minutes = sum(job.cost for job in left) / workers / 60
     progress.console.print(f"{title}: {len(left)} jobs to do, about {minutes:.0f} minutes")
     bar = progress.add_task(title, total=sum(job.cost for job in left))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        running = {pool.submit(train, job): job for job in left}
-        for done in as_completed(running):
-            finished.keep(running[done], done.result())
-            progress.advance(bar, running[done].cost)
+    for job, found in results(left, train, workers):
+        finished.keep(job, found)
+        progress.advance(bar, job.cost)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

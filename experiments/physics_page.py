@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from pays_page import filled, table
+from pages import corrected, filled, table, with_verdict
 from physics_finished import PROJECTIONS, Finished
 from physics_problems import EQUATIONS
 from physics_runs import BASES, CONSTANT, HARD, IN_METRIC, SUM, WEIGHTS
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 # The questions, each over the equations; the second is what the first is compared with.
 BEST_METRIC, BEST_WEIGHT = "best rule in the metric", "best weight"
@@ -48,8 +47,8 @@ class Factor:
         return "better" if self.middle < 1 else "worse"
 
     def __str__(self) -> str:
-        mark = "" if self.verdict == "undecided" else f", **{self.verdict}**"
-        return f"x {self.middle:.2f} [{self.low:.2f}, {self.high:.2f}]{mark}"
+        measured = f"x {self.middle:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        return with_verdict(measured, self.verdict)
 
 
 def factor(equation: str, other: str, ours: Sequence[float], theirs: Sequence[float]) -> Factor:
@@ -95,10 +94,7 @@ class Answers:
             mine, other = self.errors(equation, ours), self.errors(equation, theirs)
             if mine and other and mine != other:
                 found.append(factor(equation, self.named(equation, theirs), mine, other))
-        if not found:
-            return []
-        adjusted = multipletests([one.p for one in found], method="holm")[1]
-        return [replace(one, p=float(p)) for one, p in zip(found, adjusted, strict=True)]
+        return corrected(found)
 
     def question_lines(self) -> Iterator[list[str]]:
         for ours, theirs in QUESTIONS:
@@ -156,21 +152,22 @@ class Answers:
                 ]
 
 
+def tables(answers: Answers) -> Iterator[tuple[str, str]]:
+    """Each with its name."""
+    header = ["", *(EQUATIONS[equation].title for equation in answers.equations)]
+    yield f"questions {answers.base}", table(header, answers.question_lines())
+    yield f"errors {answers.base}", table(header, answers.error_lines())
+    yield f"validation {answers.base}", table(header, answers.validation_lines())
+    header = ["", "steps that raise a loss", "length", "coefficients", "losses"]
+    for equation in answers.equations:
+        yield f"reasons {answers.base} {equation}", table(header, answers.reason_lines(equation))
+
+
 def write_page(path: Path, finished: Finished) -> None:
+    """Fill those tables for which the page has a place."""
     page = path.read_text()
     for base in BASES:
-        answers = Answers(finished, base)
-        titles = [EQUATIONS[equation].title for equation in answers.equations]
-        if f"<!-- questions {base} -->" in page:
-            page = filled(page, f"questions {base}", table(["", *titles], answers.question_lines()))
-        if f"<!-- errors {base} -->" in page:
-            page = filled(page, f"errors {base}", table(["", *titles], answers.error_lines()))
-        if f"<!-- validation {base} -->" in page:
-            lines = answers.validation_lines()
-            page = filled(page, f"validation {base}", table(["", *titles], lines))
-        for equation in answers.equations:
-            if f"<!-- reasons {base} {equation} -->" in page:
-                header = ("", "steps that raise a loss", "length", "coefficients", "losses")
-                content = table(header, answers.reason_lines(equation))
-                page = filled(page, f"reasons {base} {equation}", content)
+        for name, content in tables(Answers(finished, base)):
+            if f"<!-- {name} -->" in page:
+                page = filled(page, name, content)
     path.write_text(page)

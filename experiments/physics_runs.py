@@ -183,9 +183,15 @@ class Watch:
         self.sums: dict[str, Tensor] = {}
         self.last: list[Tensor] = []
 
-    def add(self, rows: Tensor, losses: Tensor, coefficients: Tensor, change: Tensor) -> None:
-        """Of one step: gradients and coefficients, and how the parameters changed."""
-        direction = (coefficients.unsqueeze(-1) * rows).sum(1)
+    def add(
+        self,
+        rows: Tensor,
+        losses: Tensor,
+        coefficients: Tensor,
+        direction: Tensor,
+        change: Tensor,
+    ) -> None:
+        """Of one step: gradients and what became of them, and how the parameters changed."""
         raised_by_step = (rows @ change.unsqueeze(-1)).squeeze(-1) > 0
         raised_by_direction = (rows @ direction.unsqueeze(-1)).squeeze(-1) < -1e-6 * (
             torch.linalg.vector_norm(rows, dim=-1) * direction.norm(dim=-1, keepdim=True)
@@ -229,13 +235,14 @@ def train(job: Job) -> list[Result]:
         rows, losses = gradients(theta, {name: part[step % CHUNK] for name, part in points.items()})
         rows = rows.double()
         coefficients = coefficients_of(rows)
-        result = (coefficients.unsqueeze(-1) * rows).sum(1).float()
+        direction = (coefficients.unsqueeze(-1) * rows).sum(1)
+        result = direction.float()
         grads = [result] if len(params) == 1 else views(result, shapes)
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         before = theta.double()
         base.step()
-        watch.add(rows, losses, coefficients, theta.double() - before)
+        watch.add(rows, losses, coefficients, direction, theta.double() - before)
     return [scored(equation, net, theta[i]) | watch.result(i) for i, net in enumerate(nets)]
 
 

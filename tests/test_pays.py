@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 pytest.importorskip("sklearn", reason="the benchmarks extra is not installed")
 pytest.importorskip("statsmodels", reason="the benchmarks extra is not installed")
 
+import pages
 import pays
-import pays_page
 import pays_runs
 import pays_settings
 import pays_statistics
@@ -25,7 +25,7 @@ from pays_finished import Finished
 from pays_settings import AT_SUMS_RATE, DGL, ENSEMBLE, JOINT, MMPARETO, SUMS, UNIFORM, Job
 from pays_statistics import Row
 
-from mmpareto_optim import MMParetoOptimizer
+from mmpareto_optim import BlockStats, MMParetoOptimizer
 
 
 def small_model() -> tuple[LateFusion, Split]:
@@ -95,7 +95,9 @@ def test_the_ensemble_is_the_mean_of_the_probabilities() -> None:
 def test_shares_tell_harm_from_conflict() -> None:
     """Pairs of gradients that agree, are in conflict, and whose sum harms the first."""
     pairs = [[[1.0, 0.0], other] for other in ([1.0, 1.0], [-0.5, 1.0], [-2.0, 0.1])]
-    found = pays_runs.shares({"mm+a": [torch.tensor(x) @ torch.tensor(x).T for x in pairs]})
+    rows = [torch.tensor(pair) for pair in pairs]
+    stats = [BlockStats(("mm", "a"), row @ row.T, torch.ones(2)) for row in rows]
+    found = pays_runs.shares({"mm+a": stats})
     assert found == {"conflict": {"mm+a": 66.667}, "harmful": {"mm+a": 33.333}}
 
 
@@ -256,4 +258,4 @@ def test_holm_within_a_question_and_signs() -> None:
 
 def test_a_page_without_its_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="0 places between <!-- summary -->"):
-        pays_page.filled("text", "summary", "table")
+        pages.filled("text", "summary", "table")
